@@ -1,0 +1,1 @@
+"""How one run of the scaling-law laboratory is computed: knows neither where it runs nor what it means."""
