@@ -95,7 +95,7 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """Warm-up, stable, decay: the learning rate is constant from warmup_steps to branch_step, then falls linearly to 0."""
+    """Warm-up, stable, decay: the rate is constant from warmup_steps to branch_step, then falls linearly to 0."""
 
     lr: float
     batch: int
