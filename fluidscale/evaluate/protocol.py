@@ -1,0 +1,110 @@
+"""What every evaluator shares: what is judged, what comes out, and the name of how it was measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fluidscale.spec import RunSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from fluidscale.model.build import FluidModel
+    from fluidscale.tokens.image import Tokenizer
+    from fluidscale.world import World
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number is called, what it is measured in, and which way is better."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measured number: `se` is its standard error, `n` the number of images behind it.
+
+    Two scores may be compared only if their `protocol` is equal. `extra` holds what explains the number (other
+    standard errors, parts of it) in plain JSON types.
+    """
+
+    metric: Metric
+    value: float
+    se: float
+    n: int
+    protocol: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is judged: a trained model with the averaged weights, in eval mode, and where it came from.
+
+    `detector` and `features` name the judges; empty means those that were trained for the run's own world.
+    """
+
+    model: FluidModel
+    tokenizer: Tokenizer
+    spec: RunSpec
+    world: World
+    run_dir: Path
+    device: torch.device
+    detector: str = ""
+    features: str = ""
+
+    @property
+    def detector_name(self) -> str:
+        return self.detector or f"{self.spec.data.name}-detector"
+
+    @property
+    def features_name(self) -> str:
+        return self.features or f"{self.spec.data.name}-features"
+
+
+class Evaluator(Protocol):
+    """One way of judging a model. Yields each score as soon as it is known."""
+
+    name: str
+
+    def __call__(self, subject: Subject) -> Iterator[Score]: ...
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One object that a detector saw. The rules that judge it live in `geneval`, for every detector alike."""
+
+    cls: str
+    score: float  # in [0, 1]
+    box: tuple[float, float, float, float]  # x0, y0, x1, y1 in px, y downwards
+    color: str = ""  # the detector's verdict; empty when colours are classified by another model
+
+
+class Detector(Protocol):
+    """Finds objects; takes no decision. `sha256` names its weights."""
+
+    name: str
+    sha256: str
+    classes: Sequence[str]
+    colors: Sequence[str]
+
+    def detect(self, images: np.ndarray) -> list[list[Detection]]:
+        """All candidates with a score above .05, best first, for images uint8 (B, H, W, 3)."""
+        ...
+
+
+def protocol_id(kind: str, /, **facts: Any) -> str:
+    """A short name of how a number was measured: `kind` for people, a hash of every fact for programs.
+
+    Raises TypeError on a fact that has no JSON form: what cannot be written down cannot be compared.
+    """
+    content = json.dumps({"kind": kind, **facts}, sort_keys=True, separators=(",", ":"))
+    return f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
