@@ -1,7 +1,15 @@
-"""Sweep files to runs: strict YAML in, fully resolved specs out, before anything is spent."""
+"""Sweep files to runs: strict YAML in, fully resolved specs out, before anything is spent.
+
+A sweep names what varies (sizes, arms, seeds, images, any dotted key) and extends shared defaults; a value is decided
+by the last of: defaults, token kind, order, arm, size, `vary`.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +17,34 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fluidscale.spec import InvalidInput, WorldSpec, from_dict, unknown_key
+from fluidscale.spec import ARMS, InvalidInput, RunSpec, TrainSpec, WorldSpec, canonical, from_dict, unknown_key
 
 SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
+CARDS = Path(__file__).resolve().parent / "tokens" / "weights"
+_KEYS = (
+    "extends",
+    "sizes",
+    "arms",
+    "seeds",
+    "images",
+    "defaults",
+    "smaller_images",
+    "by_token_kind",
+    "by_order",
+    "by_arm",
+    "vary",
+)
+_SECTIONS = ("model", "data", "train", "evaluate", "tokenizer", "text_encoder")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A named list of runs and the text of the file that asked for them; partial when a filter left some out."""
+
+    name: str
+    runs: tuple[RunSpec, ...]
+    text: str
+    partial: bool = False
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -20,7 +53,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except FileNotFoundError as error:
         raise InvalidInput(f"{path}: no such file") from error
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
         raise InvalidInput(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise InvalidInput(f"{path}: expected a mapping of keys, got {type(content).__name__}")
@@ -36,3 +69,213 @@ def load_world(name: str) -> WorldSpec:
     if name not in rows:
         raise InvalidInput(unknown_key(name, rows, str(path)))
     return from_dict(WorldSpec, rows[name], f"{path}: {name}")
+
+
+def sweep_path(name: str) -> Path:
+    """The file of a sweep given by name (sweeps/NAME.yaml) or by path."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    path = SWEEPS / f"{name}.yaml"
+    if not path.exists():
+        known = {p.stem for p in SWEEPS.glob("*.yaml")} - {"recipe", "sizes", "worlds"}
+        raise InvalidInput(unknown_key(name, known, f"no sweep {name!r} in {SWEEPS}"))
+    return path
+
+
+def load_sweep(name: str, sizes: Sequence[str] | None = None, arms: Sequence[str] | None = None) -> Sweep:
+    """All runs of a sweep, each fully resolved; `sizes` and `arms` keep only those named.
+
+    Raises InvalidInput on an unknown key, size or arm, and on numbers that do not fit together.
+    """
+    path = sweep_path(name)
+    plan = _extended(path)
+    where = str(path)
+    ladder = read_yaml(SWEEPS / "sizes.yaml")
+    all_sizes, all_arms = _listed(plan, "sizes", ladder, where), _listed(plan, "arms", ARMS, where)
+    kept_sizes = _filter(all_sizes, sizes, "SIZE", where)
+    kept_arms = _filter(all_arms, arms, "ARM", where)
+    runs = [
+        run
+        for size, arm, seed in itertools.product(kept_sizes, kept_arms, plan.get("seeds", [0]))
+        for varied in _varied(plan.get("vary") or {}, where)
+        for run in _runs(plan, arm, size, ladder[size], int(seed), varied, where)
+    ]
+    unique = {run.id: run for run in runs}
+    if not unique:
+        raise InvalidInput(f"{where}: no runs; `sizes`, `arms`, `seeds` and `images` must each list at least one value")
+    partial = len(kept_sizes) * len(kept_arms) < len(all_sizes) * len(all_arms)
+    return Sweep(path.stem, tuple(unique.values()), path.read_text(), partial)
+
+
+def _extended(path: Path) -> dict[str, Any]:
+    """The file's keys over those of the files it extends, sections merged key by key."""
+    plan = read_yaml(path)
+    for key in plan:
+        if key not in _KEYS:
+            raise InvalidInput(unknown_key(key, _KEYS, str(path)))
+    if "extends" not in plan:
+        return plan
+    parent = _extended(path.parent / f"{plan.pop('extends')}.yaml")
+    return _merged(parent, plan)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict) and key != "vary"
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _listed(plan: dict[str, Any], key: str, known: Any, where: str) -> list[str]:
+    values = plan.get(key, "all")
+    if values == "all" and key == "arms":
+        return list(known)
+    if not isinstance(values, list) or not values:
+        raise InvalidInput(f"{where}: {key}: expected a list")
+    for value in values:
+        if str(value) not in known:
+            raise InvalidInput(unknown_key(str(value), known, f"{where}: {key}"))
+    return [str(value) for value in values]
+
+
+def _filter(there: list[str], wanted: Sequence[str] | None, label: str, where: str) -> list[str]:
+    if not wanted or list(wanted) == ["all"]:
+        return there
+    for value in wanted:
+        if value not in there:
+            raise InvalidInput(f"{label}={value} is not in {where}; it has: {', '.join(there)}")
+    return [value for value in there if value in wanted]
+
+
+def _varied(vary: dict[str, list[Any]], where: str) -> Iterator[dict[str, Any]]:
+    """Every combination of the varied dotted keys, as nested overrides."""
+    for key, values in vary.items():
+        if not isinstance(values, list) or not values:
+            raise InvalidInput(f"{where}: vary: {key}: expected a list of values")
+    for values in itertools.product(*vary.values()):
+        nested: dict[str, Any] = {}
+        for key, value in zip(vary, values, strict=True):
+            *parents, leaf = key.split(".")
+            place = nested
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[leaf] = value
+        yield nested
+
+
+def _runs(
+    plan: dict[str, Any], arm: str, size: str, row: dict[str, Any], seed: int, varied: dict[str, Any], where: str
+) -> Iterator[RunSpec]:
+    """One run a data size: they share their trunk, and only the largest is evaluated in full."""
+    kind, order = arm.split("-")
+    resolved = dict(plan.get("defaults", {}))
+    layers = [
+        (plan.get(f"by_{axis}") or {}).get(value)
+        for axis, value in (("token_kind", kind), ("order", order), ("arm", arm))
+    ]
+    for layer in [*layers, {"model": row}, varied]:
+        resolved = _merged(resolved, layer or {})
+    sizes_of_data = sorted(int(n) for n in plan.get("images", []))
+    for images in sizes_of_data:
+        smaller = plan.get("smaller_images") or {}
+        yield _run(
+            _merged(resolved, smaller) if images < sizes_of_data[-1] else resolved, arm, size, seed, images, where
+        )
+
+
+def _run(content: dict[str, Any], arm: str, size: str, seed: int, images: int, where: str) -> RunSpec:
+    for key in content:
+        if key not in _SECTIONS:
+            raise InvalidInput(unknown_key(key, _SECTIONS, where))
+    kind, order = arm.split("-")
+    card = read_card(str(content.get("tokenizer")), where)
+    if card["kind"] != kind:
+        raise InvalidInput(f"{where}: {arm} cannot use the {card['kind']} tokenizer {content['tokenizer']}")
+    model = {
+        **content["model"],
+        "token_kind": kind,
+        "order": order,
+        "grid": card["grid"],
+        "token_channels": card["channels"] if kind == "continuous" else 0,
+        "vocab_size": card["vocab_size"] if kind == "discrete" else 0,
+    }
+    if model.get("head") is not None:
+        # The denoising head is as wide as the trunk unless a sweep says otherwise.
+        model["head"] = {"width": model["width"], **model["head"]}
+    data = dict(content["data"])
+    if isinstance(data.get("world"), str):
+        data["world"] = canonical(load_world(data["world"]))
+    spec = from_dict(
+        RunSpec,
+        {
+            "size": size,
+            "seed": seed,
+            "model": model,
+            "tokenizer_sha256": card["sha256"],
+            "text_encoder": content["text_encoder"],
+            "data": data,
+            "train": _train(dict(content["train"]), images, where),
+            "evaluate": content["evaluate"],
+        },
+        where,
+    )
+    check(spec, f"{where}: {arm} {size}")
+    return spec
+
+
+def _train(train: dict[str, Any], images: int, where: str) -> dict[str, Any]:
+    """Images and fractions become steps, so that a spec holds only what the loop counts."""
+    known = {f.name for f in fields(TrainSpec)} - {"steps", "decay_steps"} | {"decay_fraction"}
+    for key in train:
+        if key not in known:
+            raise InvalidInput(unknown_key(key, known, f"{where}: train"))
+    steps, rest = divmod(images, int(train.get("batch", 1)))
+    if rest:
+        raise InvalidInput(f"{where}: images: {images} is not a multiple of the batch {train['batch']}")
+    fraction = train.pop("decay_fraction", 0.0)
+    return {**train, "steps": steps, "decay_steps": round(steps * fraction)}
+
+
+def read_card(name: str, where: str) -> dict[str, Any]:
+    """What a tokenizer's card says of its tokens: by shipped name, or the card.json of a tokenizer folder."""
+    path = Path(name) / "card.json" if "/" in name else CARDS / f"{name}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        known = ", ".join(sorted(p.stem for p in CARDS.glob("*.json")))
+        raise InvalidInput(f"{where}: no tokenizer {name!r} ({path} unreadable); shipped: {known}") from error
+
+
+def check(spec: RunSpec, where: str) -> None:
+    """Raises InvalidInput when the numbers of a spec do not fit together, with the way out."""
+    model, train = spec.model, spec.train
+    head_dim, rest = divmod(model.width, model.num_heads)
+    rules = (
+        (rest, f"width {model.width} is not divisible by num_heads {model.num_heads}; change its row in sizes.yaml"),
+        (
+            model.position == "every_layer" and head_dim % 4,
+            f"2-D rotary positions need a head dimension divisible by 4, got {head_dim}; change num_heads",
+        ),
+        (
+            model.mask_law not in (("none",) if model.order == "raster" else ("cosine", "uniform", "mar")),
+            f"mask_law {model.mask_law!r} is not for {model.order} order (random: cosine, uniform, mar; raster: none)",
+        ),
+        (
+            (model.token_kind == "continuous") == (model.head is None),
+            f"model.head is {model.head}: continuous tokens need one, discrete tokens take none",
+        ),
+        (
+            train.warmup_steps > train.branch_step,
+            f"{train.steps} steps cannot hold {train.warmup_steps} of warm-up and {train.decay_steps} of decay; "
+            "raise `images` or lower train.warmup_steps",
+        ),
+        (train.lr <= 0 or train.batch <= 0, "train.lr and train.batch must be positive"),
+        (
+            not train.batch <= spec.data.images_unique,
+            f"data.images_unique {spec.data.images_unique} is below one batch of {train.batch}",
+        ),
+    )
+    for broken, message in rules:
+        if broken:
+            raise InvalidInput(f"{where}: {message}")

@@ -1,0 +1,145 @@
+"""What a run leaves behind: its folder's files, written atomically, and its one flat row of the results table."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from fluidscale import flops
+from fluidscale.spec import InvalidInput, RunSpec, canonical
+
+SCHEMA_VERSION = 1
+# Columns that may differ between two faithful executions of one spec.
+VOLATILE = ("gpu_hours", "tokens_per_s", "mfu", "finished_at", "git_rev", "versions")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a run is computed: nothing here may change its result, so nothing here is hashed."""
+
+    device: str = "auto"  # auto (CUDA, then MPS, then CPU) | cpu | cuda | mps
+    threads: int = 1  # CPU threads of the process
+    precision: str = "32-true"  # Lightning's spelling
+    checkpoint_minutes: float = 5.0
+    checkpoint_steps: int = 0  # 0: by time only
+    branch_steps: tuple[int, ...] = ()  # steps at which siblings leave the trunk: their checkpoints are kept
+    peak_flops: float = 0.0  # of the device, per second; 0: unknown, mfu stays empty
+    data_dir: str = ""  # encoded shards; empty: <runs>/data
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes beside the target, flushes to disk, then renames: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_atomic` of readable JSON; a NaN or infinity becomes null, since JSON has neither."""
+    write_atomic(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not (abs(value) < float("inf")):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The file's content; None when there is none. Raises InvalidInput when it is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise InvalidInput(f"{path}: not JSON ({error}); delete it to compute it again") from error
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def planned(spec: RunSpec) -> dict[str, Any]:
+    """The columns of a run's row that are known before it is computed."""
+    model, train, sampling = spec.model, spec.train, spec.evaluate.sampling
+    counts, costs = flops.params(model), flops.flops_per_image(model)
+    return {
+        "run_id": spec.id,
+        "trunk_id": spec.trunk_id,
+        "branch_step": train.branch_step,
+        "token_kind": model.token_kind,
+        "order": model.order,
+        "size": spec.size,
+        "seed": spec.seed,
+        "schema_version": SCHEMA_VERSION,
+        **{f"params_{part}": counts[part] for part in ("embed", "text", "body", "head", "total")},
+        "flops_per_image_body": costs["total"] - costs["head"],
+        "flops_per_image_head": costs["head"],
+        "train_flops": flops.train_flops(spec),
+        "images": spec.images,
+        "tokens_seen": spec.images * model.num_tokens,
+        "lr": train.lr,
+        "batch": train.batch,
+        "steps": train.steps,
+        "images_unique": min(spec.images, spec.data.images_unique),
+        "guidance_scale": sampling.guidance_scale,
+        "temperature": sampling.temperature,
+        "num_inference_steps": sampling.num_inference_steps,
+        "mask_law": model.mask_law,
+        "tokenizer_sha": spec.tokenizer_sha256[:12],
+        "text_encoder": spec.text_encoder,
+    }
+
+
+def row(spec: RunSpec, run_dir: Path, outcome: dict[str, Any]) -> dict[str, Any]:
+    """A finished run as one flat row: the plan, what was measured (eval/*.json) and what it cost.
+
+    `outcome` has the columns lr_decay_complete gpu_hours tokens_per_s mfu status git_rev versions and the tokenizer's
+    reference columns. A metric that was not measured has no column here and is empty in the table.
+    """
+    measured: dict[str, Any] = {}
+    for path in sorted((run_dir / "eval").glob("*.json")):
+        score = read_json(path) or {}
+        name = score["metric"]
+        measured[name] = score["value"]
+        for suffix, key in (("se", "se"), ("unit", "unit"), ("n", "n"), ("protocol", "protocol")):
+            measured[f"{name}_{suffix}"] = score[key]
+    return {**planned(spec), **measured, **outcome, "finished_at": now()}
+
+
+def varying(specs: Iterable[RunSpec]) -> dict[str, dict[str, Any]]:
+    """Per run id, one dotted column for every spec key that varies over the runs and has no column of its own."""
+    flat = {spec.id: _flatten(canonical(spec)) for spec in specs}
+    own = {"size", "seed", "train.lr", "train.batch", "train.steps", "train.decay_steps", "tokenizer_sha256"}
+    own |= {"model.token_kind", "model.order", "model.mask_law", "model.token_channels", "model.vocab_size"}
+    own |= {f"evaluate.sampling.{key}" for key in ("guidance_scale", "temperature", "num_inference_steps")}
+    keys = sorted({key for columns in flat.values() for key in columns} - own)
+    varied = [key for key in keys if len({json.dumps(columns.get(key)) for columns in flat.values()}) > 1]
+    return {run_id: {key: columns.get(key) for key in varied} for run_id, columns in flat.items()}
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
