@@ -13,15 +13,19 @@ import numpy as np
 _ROUNDS = 6  # a Feistel network of at least 4 rounds is a pseudo-random permutation (Luby and Rackoff, 1988)
 
 
-def batch_indices(seed: int, num_samples: int, batch: int, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-    """Row indices, int64 (batch // world_size,), of this rank's part of the global batch at `step` (from 0)."""
+def positions(batch: int, steps: range, rank: int = 0, world_size: int = 1) -> np.ndarray:
+    """Global positions, int64 (steps, batch // world_size), that this rank reads at each of `steps` (from 0)."""
     share, rest = divmod(batch, world_size)
     if rest:
         raise ValueError(f"batch {batch} is not divisible by the world size {world_size}")
-    start = step * batch + rank * share
-    positions = np.arange(start, start + share, dtype=np.int64)
-    epochs, within = np.divmod(positions, num_samples)
-    out = np.empty(share, np.int64)
+    first = np.asarray(steps, dtype=np.int64) * batch + rank * share
+    return first[:, None] + np.arange(share, dtype=np.int64)
+
+
+def samples_at(seed: int, num_samples: int, where: np.ndarray) -> np.ndarray:
+    """The sample, int64 of the same shape, at each global position: every epoch is a permutation of its own."""
+    epochs, within = np.divmod(where, num_samples)
+    out = np.empty_like(where)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
         out[chosen] = permute(within[chosen], num_samples, f"{seed}:{epoch}")
@@ -29,7 +33,7 @@ def batch_indices(seed: int, num_samples: int, batch: int, step: int, rank: int 
 
 
 def permute(positions: np.ndarray, num_samples: int, key: str) -> np.ndarray:
-    """A keyed permutation of range(num_samples), evaluated at `positions` only: a Feistel network with cycle walking."""
+    """A keyed permutation of range(num_samples) at `positions` only: a Feistel network with cycle walking."""
     half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
     digest = hashlib.sha256(key.encode()).digest()
     keys = np.frombuffer(digest[: 4 * _ROUNDS], dtype="<u4").astype(np.uint64)

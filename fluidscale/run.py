@@ -1,0 +1,301 @@
+"""One run, from its spec to its record: data, training, evaluation, each resumed where it was left.
+
+    python -m fluidscale.run runs/ID/spec.json --dir runs/ID
+
+A record.json in the folder means that the run is done; running it again then costs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fluidscale.folder import RunFolder, trunk_checkpoint, trunk_folder
+from fluidscale.record import Placement, read_json, row, write_atomic, write_json
+from fluidscale.spec import InvalidInput, RunSpec, canonical, digest, from_dict, run_spec_from_json, to_json
+
+log = logging.getLogger("fluidscale.run")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(
+    spec: RunSpec, run_dir: Path, placement: Placement | None = None, should_stop: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Computes what is missing of one run and returns its row.
+
+    A non-finite loss ends as a finished row with status `diverged`. Raises `Stopped` when `should_stop` said so, and
+    whatever went wrong otherwise, after writing status `failed` with the reason.
+    """
+    placement = placement or Placement()
+    folder = RunFolder(run_dir)
+    if (record := folder.record) is not None:
+        return record
+    _claim(folder, spec, placement)
+    with _logged(folder):
+        from fluidscale.train.callbacks import Stopped
+
+        try:
+            return _compute(spec, folder, placement, should_stop)
+        except (Stopped, KeyboardInterrupt) as error:
+            folder.set_status("stopped", error=str(error) or "interrupted")
+            raise
+        except Exception as error:
+            log.error("%s", traceback.format_exc())
+            folder.set_status("failed", error=_one_line(error))
+            raise
+
+
+def _claim(folder: RunFolder, spec: RunSpec, placement: Placement) -> None:
+    """Writes spec.json and placement.json; refuses a folder that holds another run."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    there = folder.path / "spec.json"
+    if there.exists() and run_spec_from_json(there.read_text(), str(there)) != spec:
+        raise InvalidInput(f"{there}: this folder holds another run; use a folder of its own for {spec.id}")
+    write_atomic(there, to_json(spec))
+    write_json(folder.path / "placement.json", dataclasses.asdict(placement))
+    folder.set_status("running", phase="start", steps=spec.train.steps)
+
+
+def _compute(spec: RunSpec, folder: RunFolder, placement: Placement, should_stop: Callable[[], bool]) -> dict[str, Any]:
+    import torch
+
+    from fluidscale.evaluate import Subject, evaluate
+    from fluidscale.tokens.image import load_tokenizer
+    from fluidscale.train.module import Diverged
+    from fluidscale.world import World
+
+    torch.set_num_threads(placement.threads)
+    assert spec.data.world is not None
+    world = World(spec.data.world)
+    check_world(spec, world)
+    tokenizer = load_tokenizer(spec.tokenizer_sha256)
+    status = "done"
+    seconds, tokens_per_s = 0.0, None
+    try:
+        if not folder.weights.exists():
+            _train(spec, folder, placement, world, tokenizer, should_stop)
+        cost = read_json(folder.checkpoints / "cost.json") or {}
+        seconds, tokens_per_s = cost["seconds"], cost["tokens_per_s"]
+        folder.set_status("running", phase="evaluate")
+        started = time.monotonic()
+        model = load_weights(spec, folder).to(device_of(placement))
+        for score in evaluate(Subject(model, tokenizer, spec, world, folder.path, device_of(placement))):
+            log.info("%s = %.5g +- %.2g", score.metric.name, score.value, score.se)
+        seconds += time.monotonic() - started
+    except Diverged as error:
+        log.warning("diverged: %s", error)
+        status = "diverged"
+    outcome = {
+        "lr_decay_complete": status == "done",
+        "gpu_hours": seconds / 3600,
+        "tokens_per_s": tokens_per_s,
+        "mfu": _mfu(spec, tokens_per_s, placement),
+        "status": status,
+        "git_rev": _git_rev(),
+        "versions": _versions(),
+        **tokenizer.references,
+    }
+    record = row(spec, folder.path, outcome)
+    write_json(folder.path / "record.json", record)
+    folder.set_status(status, phase="end", step=spec.train.steps if status == "done" else folder.status.get("step", 0))
+    return record
+
+
+def check_world(spec: RunSpec, world: Any) -> None:
+    """Raises InvalidInput when the spec's text table does not fit the world's vocabulary."""
+    words, length = len(world.vocabulary), world.text_length
+    if spec.model.text_vocab_size < words or spec.model.text_length != length:
+        raise InvalidInput(
+            f"{spec.id}: world {spec.data.name} has {words} words and captions of {length}; "
+            f"set model.text_vocab_size >= {words} and model.text_length: {length}"
+        )
+
+
+def shards_of(spec: RunSpec, data_dir: Path, world: Any, tokenizer: Any) -> Any:
+    """The encoded training scenes of an embedded world, rendered and encoded first where they are missing."""
+    import numpy as np
+
+    from fluidscale.data.shards import ensure
+
+    recipe = {"world": canonical(spec.data.world), "tokenizer": tokenizer.sha256, "split": "train"}
+    folder = data_dir / f"{spec.data.name}-{spec.model.token_kind}-{digest([recipe, spec.data.images_unique])[:10]}"
+    kept = np.float16 if spec.model.token_kind == "continuous" else np.int16
+
+    def encode(start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        parts = []
+        for first in range(start, start + count, 4096):
+            images, text, _ = world.scenes(first, min(4096, start + count - first), split="train")
+            parts.append((tokenizer.encode(images).numpy().astype(kept), text))
+        tokens, text = zip(*parts, strict=True)
+        return np.concatenate(tokens), np.concatenate(text)
+
+    def progress(done: int, rows: int) -> None:
+        log.info("encoded %d of %d scenes", done, rows)
+
+    return ensure(folder, recipe, spec.data.images_unique, encode, progress)
+
+
+def _train(
+    spec: RunSpec, folder: RunFolder, placement: Placement, world: Any, tokenizer: Any, should_stop: Callable[[], bool]
+) -> None:
+    import lightning.pytorch as pl
+    import torch
+    from safetensors.torch import save
+
+    from fluidscale.model.build import build
+    from fluidscale.train.callbacks import Checkpoints, Monitor
+    from fluidscale.train.checkpoint import NEWEST, PREVIOUS, AtomicCheckpointIO, newest_loadable
+    from fluidscale.train.ema import EMA
+    from fluidscale.train.module import Batches, FluidModule, trainer_options
+
+    runs = folder.path.parent
+    folder.set_status("running", phase="data")
+    shards = shards_of(spec, Path(placement.data_dir or runs / "data"), world, tokenizer)
+    trunk = trunk_folder(runs, spec.trunk_id)
+    own = [folder.checkpoints / NEWEST, folder.checkpoints / PREVIOUS]
+    branches = sorted({*placement.branch_steps, spec.train.branch_step})
+    shared = [trunk_checkpoint(trunk, step) for step in branches if step <= spec.train.branch_step]
+    found = newest_loadable(own + shared, spec.train.steps)
+    path, start = found or (None, 0)
+    source = path.with_suffix(".jsonl") if path in shared else folder.metrics
+    folder.keep_metrics(source, start)
+    log.info("training from step %d of %d%s", start, spec.train.steps, f" ({path})" if path else "")
+
+    torch.manual_seed(spec.seed)
+    module = FluidModule(spec, build(spec.model))
+    ema, monitor = EMA(spec.train.ema_decay), Monitor(spec, folder)
+    options = trainer_options(placement.precision, placement.device)
+    trainer = pl.Trainer(
+        **options,
+        max_steps=spec.train.steps,
+        callbacks=[ema, monitor, Checkpoints(spec, folder, trunk, placement, should_stop)],
+        plugins=[AtomicCheckpointIO()],
+    )
+    if start < spec.train.steps:
+        trainer.fit(module, train_dataloaders=Batches(spec, shards, start), ckpt_path=path, weights_only=True)
+    ema.copy_to(module.model)
+    cost = {"seconds": monitor.seconds, "tokens_per_s": monitor.tokens_per_s}
+    write_json(folder.checkpoints / "cost.json", cost)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.model.state_dict().items()}
+    write_atomic(folder.weights, save(state))
+    for checkpoint in own:
+        # The averaged weights are kept; the optimiser's state is of use to the trunk only, which keeps its own.
+        checkpoint.unlink(missing_ok=True)
+
+
+def load_weights(spec: RunSpec, folder: RunFolder) -> Any:
+    """The trained model with its averaged weights, in evaluation mode."""
+    from safetensors.torch import load_file
+
+    from fluidscale.model.build import build
+
+    model = build(spec.model)
+    try:
+        model.load_state_dict(load_file(folder.weights))
+    except Exception as error:
+        raise InvalidInput(f"{folder.weights}: does not load ({_one_line(error)}); delete it to train again") from error
+    return model.eval()
+
+
+def load_trained(run_dir: Path) -> tuple[RunSpec, Any]:
+    """Spec and model of a trained run's folder. Raises InvalidInput when it is not one."""
+    folder = RunFolder(run_dir)
+    if not folder.weights.exists():
+        raise InvalidInput(f"{run_dir}: no trained weights ({folder.weights} is missing); run it first")
+    path = run_dir / "spec.json"
+    spec = run_spec_from_json(path.read_text(), str(path))
+    return spec, load_weights(spec, folder)
+
+
+def device_of(placement: Placement) -> Any:
+    """The torch device of a placement; `auto` takes a GPU where there is one."""
+    import torch
+
+    if placement.device != "auto":
+        return torch.device(placement.device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextmanager
+def _logged(folder: RunFolder) -> Iterator[None]:
+    """Log lines of this run go to its log.txt; Lightning's advertisements go nowhere."""
+    handler = logging.FileHandler(folder.path / "log.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    package = logging.getLogger("fluidscale")
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        handler.close()
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def _mfu(spec: RunSpec, tokens_per_s: float | None, placement: Placement) -> float | None:
+    """Model FLOPs utilisation: what the run's formulas count, over what the device could have done."""
+    if not placement.peak_flops or tokens_per_s is None:
+        return None
+    from fluidscale.flops import train_flops
+
+    return train_flops(spec) / (spec.images * spec.model.num_tokens) * tokens_per_s / placement.peak_flops
+
+
+def _git_rev() -> str:
+    """The code's revision, with a + where the tree has changes; the launcher's snapshot passes its own."""
+    if "FLUIDSCALE_GIT_REV" in os.environ:
+        return os.environ["FLUIDSCALE_GIT_REV"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=10"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() if answer.returncode == 0 else ""
+
+
+def _versions() -> str:
+    from importlib.metadata import version
+
+    return " ".join(f"{name}={version(name)}" for name in ("fluidscale", "torch", "lightning", "numpy"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fluidscale.run", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("spec", type=Path, help="the run's spec.json (as `make plan` and the launcher write it)")
+    parser.add_argument("--dir", type=Path, required=True, help="the run's folder; what it already holds is kept")
+    parser.add_argument("--placement", type=Path, help="placement.json; default: this machine's GPU, else one thread")
+    arguments = parser.parse_args(argv)
+    try:
+        if not arguments.spec.exists():
+            raise InvalidInput(f"{arguments.spec}: no such file; `make plan` shows a sweep's runs")
+        spec = run_spec_from_json(arguments.spec.read_text(), str(arguments.spec))
+        content = read_json(arguments.placement) if arguments.placement else {}
+        placement = from_dict(Placement, content or {}, str(arguments.placement))
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        record = run(spec, arguments.dir, placement)
+    except InvalidInput as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{record['status']}: {arguments.dir / 'record.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
