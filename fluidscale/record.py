@@ -126,7 +126,7 @@ def row(spec: RunSpec, run_dir: Path, outcome: dict[str, Any]) -> dict[str, Any]
 
 def varying(specs: Iterable[RunSpec]) -> dict[str, dict[str, Any]]:
     """Per run id, one dotted column for every spec key that varies over the runs and has no column of its own."""
-    flat = {spec.id: _flatten(canonical(spec)) for spec in specs}
+    flat = {spec.id: flatten(canonical(spec)) for spec in specs}
     own = {"size", "seed", "train.lr", "train.batch", "train.steps", "train.decay_steps", "tokenizer_sha256"}
     own |= {"model.token_kind", "model.order", "model.mask_law", "model.token_channels", "model.vocab_size"}
     own |= {f"evaluate.sampling.{key}" for key in ("guidance_scale", "temperature", "num_inference_steps")}
@@ -135,11 +135,12 @@ def varying(specs: Iterable[RunSpec]) -> dict[str, dict[str, Any]]:
     return {run_id: {key: columns.get(key) for key in varied} for run_id, columns in flat.items()}
 
 
-def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

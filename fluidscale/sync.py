@@ -1,0 +1,91 @@
+"""Mirrors run folders to MLflow: once, to rebuild a deleted experiment, or following runs while they train.
+
+    python -m fluidscale.sync runs                                   everything that lies there, once
+    python -m fluidscale.sync runs --follow                          until told to stop (SIGTERM), then once more
+    python -m fluidscale.sync runs --tracking-uri http://host:5000   to a server
+
+It runs beside training, never in it: a tracker that is slow or gone costs the runs nothing, and a later call brings
+it level.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fluidscale.record import read_json
+from fluidscale.spec import InvalidInput
+
+if TYPE_CHECKING:
+    from fluidscale.train.tracking import Mirror
+
+log = logging.getLogger("fluidscale.sync")
+PAUSE_SECONDS = 3.0
+NO_SWEEP = "runs"  # the experiment of runs that no sweep launched
+
+
+def sweeps_of(runs: Path) -> dict[str, str]:
+    """The sweep of each run id, from runs/sweeps/<sweep>.json as the launcher writes them; the oldest file counts."""
+    found: dict[str, str] = {}
+    for path in sorted((runs / "sweeps").glob("*.json"), key=lambda p: p.stat().st_mtime):
+        for run_id in (read_json(path) or {}).get("runs", []):
+            found.setdefault(run_id, path.stem)
+    return found
+
+
+def level(mirror: Mirror, runs: Path) -> int:
+    """Pushes every run folder once; returns how many could not be, each with a warning."""
+    sweeps, failures = sweeps_of(runs), 0
+    for spec in sorted(runs.glob("*/spec.json")):
+        try:
+            mirror.push(spec.parent, sweeps.get(spec.parent.name, NO_SWEEP))
+        except Exception as error:  # any fault of the tracker's: said, counted, tried again at the next pass
+            log.warning("%s: not mirrored (%s)", spec.parent.name, str(error).strip().splitlines()[0][:200])
+            failures += 1
+    return failures
+
+
+def _follow(mirror: Mirror, runs: Path) -> int:
+    """Keeps the store level until SIGTERM or SIGINT, or until the process that started this one is gone."""
+    stop = threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stop.set())
+    parent = os.getppid()
+    while not stop.wait(PAUSE_SECONDS) and os.getppid() == parent:
+        level(mirror, runs)
+    return level(mirror, runs)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fluidscale.sync", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), help="folder of runs (default: runs)")
+    parser.add_argument(
+        "--tracking-uri", help="MLflow store; default: $MLFLOW_TRACKING_URI, else RUNS/mlflow/mlflow.db"
+    )
+    parser.add_argument("--follow", action="store_true", help="stay and mirror what is new until told to stop")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    log.setLevel(logging.INFO)
+    try:
+        if not arguments.runs.is_dir():
+            raise InvalidInput(f"{arguments.runs}: no such folder; give the folder that holds the runs")
+        from fluidscale.train.tracking import Mirror
+
+        mirror = Mirror(arguments.runs, arguments.tracking_uri)
+    except InvalidInput as error:
+        print(error, file=sys.stderr)
+        return 2
+    failures = _follow(mirror, arguments.runs) if arguments.follow else level(mirror, arguments.runs)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The MLflow mirror of a folder of runs: written behind, from files, by a process that trains nothing.
+
+What lies in runs/<id>/ is the truth; the mirror can be deleted and made again. One MLflow run per spec across all
+restarts: its id, and how far it is level, are kept in the run folder's mlflow.json.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+# A server that is gone must cost seconds, not minutes (the client's defaults wait through many retries).
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.tracking import MlflowClient
+
+from fluidscale.folder import RunFolder
+from fluidscale.record import flatten, read_json, write_json
+from fluidscale.spec import RunSpec, canonical, run_spec_from_json
+
+log = logging.getLogger(__name__)
+_BATCH = 1000  # MLflow's limit of metrics a request; requests are what is slow, not metrics
+_PARAMS = 100  # MLflow's limit of parameters a request
+_FINAL = {"done": "FINISHED", "diverged": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+
+
+def default_uri(runs: Path) -> str:
+    """The sqlite database beside the runs."""
+    return f"sqlite:///{(runs / 'mlflow' / 'mlflow.db').resolve()}"
+
+
+class Mirror:
+    """Brings an MLflow store level with run folders; every call may raise what the client raises."""
+
+    def __init__(self, runs: Path, tracking_uri: str | None = None) -> None:
+        (runs / "mlflow").mkdir(parents=True, exist_ok=True)
+        self.uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(runs)
+        self._client = MlflowClient(self.uri)
+        self._artifacts = (runs / "mlflow" / "artifacts").resolve().as_uri()
+        self._experiments: dict[str, str] = {}
+
+    def experiment(self, name: str) -> str:
+        """The experiment's id, made where it is missing."""
+        if name not in self._experiments:
+            found = self._client.get_experiment_by_name(name)
+            # A remote server keeps artifacts where it was told to; only our own database needs a place.
+            place = {"artifact_location": self._artifacts} if self.uri.startswith("sqlite") else {}
+            self._experiments[name] = found.experiment_id if found else self._client.create_experiment(name, **place)
+        return self._experiments[name]
+
+    def push(self, run_dir: Path, sweep: str) -> bool:
+        """Sends what the store lacks of one run; True when there was anything to send."""
+        folder = RunFolder(run_dir)
+        text = (run_dir / "spec.json").read_text()
+        state = self._opened(folder, run_spec_from_json(text, str(run_dir)), sweep)
+        changed = self._push_metrics(state, _lines_since(folder, state["time"]))
+        changed |= self._push_scores(folder, state)
+        changed |= self._push_end(folder, state)
+        if changed:
+            write_json(run_dir / "mlflow.json", state)
+        return changed
+
+    def _opened(self, folder: RunFolder, spec: RunSpec, sweep: str) -> dict[str, Any]:
+        state = read_json(folder.path / "mlflow.json")
+        if state is not None and state["tracking_uri"] == self.uri:
+            return state
+        experiment = self.experiment(sweep)
+        same = f"tags.run_id = '{spec.id}'"
+        found = self._client.search_runs([experiment], filter_string=same, max_results=1)
+        run = found[0] if found else self._client.create_run(experiment, run_name=spec.id, tags={"run_id": spec.id})
+        if not found:
+            params = [Param(key, str(value)) for key, value in sorted(flatten(canonical(spec)).items())]
+            for first in range(0, len(params), _PARAMS):
+                self._client.log_batch(run.info.run_id, params=params[first : first + _PARAMS])
+            tags = [RunTag("sweep", sweep), RunTag("arm", spec.arm), RunTag("size", spec.size)]
+            self._client.log_batch(run.info.run_id, tags=tags)
+        state = {"tracking_uri": self.uri, "run_id": run.info.run_id, "step": 0, "time": 0.0, "scores": [], "end": None}
+        write_json(folder.path / "mlflow.json", state)
+        return state
+
+    def _push_metrics(self, state: dict[str, Any], lines: list[dict[str, Any]]) -> bool:
+        metrics = [
+            Metric(key, float(value), int(1000 * line["time"]), line["step"])
+            for line in lines
+            for key, value in line.items()
+            if key not in ("step", "time") and value is not None
+        ]
+        for first in range(0, len(metrics), _BATCH):
+            self._client.log_batch(state["run_id"], metrics=metrics[first : first + _BATCH])
+        if lines:
+            state["step"], state["time"] = lines[-1]["step"], lines[-1]["time"]
+        return bool(lines)
+
+    def _push_scores(self, folder: RunFolder, state: dict[str, Any]) -> bool:
+        new = [path for path in sorted((folder.path / "eval").glob("*.json")) if path.name not in state["scores"]]
+        for path in new:
+            score = read_json(path) or {}
+            stamp, step = int(1000 * path.stat().st_mtime), state["step"]
+            values = {score["metric"]: score["value"], f"{score['metric']}_se": score["se"]}
+            metrics = [Metric(key, float(value), stamp, step) for key, value in values.items() if value is not None]
+            self._client.log_batch(state["run_id"], metrics=metrics)
+            state["scores"].append(path.name)
+        return bool(new)
+
+    def _push_end(self, folder: RunFolder, state: dict[str, Any]) -> bool:
+        ended = folder.status.get("state")
+        if ended == state["end"] or ended not in _FINAL:
+            return False
+        for name in ("spec.json", "record.json", "log.txt"):
+            if (folder.path / name).exists():
+                self._client.log_artifact(state["run_id"], str(folder.path / name))
+        for grid in sorted(folder.path.glob("samples/**/grid.png")):
+            self._client.log_artifact(state["run_id"], str(grid), "samples")
+        self._client.set_terminated(state["run_id"], _FINAL[ended])
+        state["end"] = ended
+        return True
+
+
+def _lines_since(folder: RunFolder, when: float) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl written after `when`: a step repeated after a restart is sent again, and the later counts."""
+    lines = []
+    for text in folder.metrics.read_text().splitlines() if folder.metrics.exists() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            break  # being written at this moment; the next pass finds it whole
+        if line["time"] > when:
+            lines.append(line)
+    return lines
