@@ -1,0 +1,80 @@
+"""Where icons may stand: layouts without overlap, listed once per number of icons and relation, then drawn from."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fluidscale.spec import InvalidInput, WorldSpec
+from fluidscale.world.captions import RELATIONS
+
+# More than two icons have too many layouts to list them all: this many are drawn.
+_DRAWN = 20_000
+_CHUNK = 1_000
+
+# GenEval's rule of position (evaluation/evaluate_images.py): tolerance in box sizes, and the cosine of the direction.
+_TOLERANCE = 0.1
+_COSINE = 0.5
+
+
+def extent(spec: WorldSpec, count: int) -> int:
+    """Side in px of the square that holds an icon of a scene of `count`, however scaled and turned."""
+    turn = math.radians(min(abs(spec.rotation_degrees), 45))
+    return math.ceil(spec.icon_sizes[count - 1] * (1 + spec.size_jitter) * (math.cos(turn) + math.sin(turn)))
+
+
+def layouts(spec: WorldSpec, count: int, relation: str | None) -> np.ndarray:
+    """Centres in px, float32 (layouts, count, 2) as (x, y), each equally likely. Raises InvalidInput if there are none.
+
+    With a relation, the first of two icons stands in that relation to the second by GenEval's rule, and in no other.
+    """
+    side = extent(spec, count)
+    room = spec.resolution - side
+    line = np.arange(0, room + 1, spec.position_step) + (room % spec.position_step) // 2 + side / 2
+    points = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
+    offset = points[:, None] - points[None]
+    apart: np.ndarray = np.any(np.abs(offset) >= side, axis=-1)
+    if relation is not None:
+        apart &= _stands(offset, spec.icon_sizes[count - 1], relation)
+    if count == 1:
+        chosen = points[:, None]
+    elif count == 2:
+        chosen = points[np.argwhere(apart)]
+    else:
+        chosen = points[_draw(apart, count)]
+    if not len(chosen):
+        raise InvalidInput(
+            f"world: {count} icons of {side} px (with jitter and rotation) do not fit in {spec.resolution} px"
+            + (f" one {relation} the other" if relation else "")
+            + "; lower icon_sizes, size_jitter or rotation_degrees"
+        )
+    return chosen.astype(np.float32)
+
+
+def _stands(offset: np.ndarray, size: int, relation: str) -> np.ndarray:
+    """Whether the named relation, and no other, holds for centre offsets first - second (..., 2)."""
+    beyond = np.maximum(np.abs(offset) - _TOLERANCE * 2 * size, 0) * np.sign(offset)
+    cosine = beyond / np.maximum(np.linalg.norm(offset, axis=-1, keepdims=True), 1e-9)
+    holds = np.stack(
+        [cosine[..., 0] < -_COSINE, cosine[..., 0] > _COSINE, cosine[..., 1] < -_COSINE, cosine[..., 1] > _COSINE], -1
+    )
+    return holds[..., RELATIONS.index(relation)] & (holds.sum(-1) == 1)
+
+
+def _draw(apart: np.ndarray, count: int) -> np.ndarray:
+    """Random layouts (n, count) of indices into the points: icons set one after another wherever there is room."""
+    # A fixed stream: a world's list of layouts is part of what it is.
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(_DRAWN // _CHUNK):
+        free = np.ones((_CHUNK, len(apart)), bool)
+        chosen = np.empty((_CHUNK, 0), np.int64)
+        for _ in range(count):
+            ranks = rng.random(free.shape, np.float32) * free
+            point = ranks.argmax(1)
+            possible = free.any(1)
+            chosen = np.concatenate([chosen, point[:, None]], 1)[possible]
+            free = free[possible] & apart[point[possible]]
+        drawn.append(chosen)
+    return np.concatenate(drawn)
