@@ -1,0 +1,118 @@
+"""One run: resuming changes nothing, siblings share their trunk, damage is survived."""
+
+import dataclasses
+import json
+
+import pytest
+
+from fluidscale.folder import RunFolder, trunk_checkpoint, trunk_folder
+from fluidscale.record import VOLATILE, Placement
+from fluidscale.run import load_trained, run
+from fluidscale.spec import ARMS, InvalidInput
+from fluidscale.train.callbacks import Stopped
+
+OFTEN = Placement(device="cpu", checkpoint_steps=5)
+
+
+def stop_after(calls: int):
+    """A should_stop that says yes at its `calls`-th asking: training asks once a step."""
+    asked = iter(range(1, 1_000_000))
+    return lambda: next(asked) >= calls
+
+
+def weights(run_dir):
+    return RunFolder(run_dir).weights.read_bytes()
+
+
+def faithful(record):
+    return {key: value for key, value in record.items() if key not in VOLATILE}
+
+
+def losses(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["train_loss"]) for line in lines]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_stopped_run_ends_as_a_straight_one_bit_for_bit(tmp_path, tiny_spec, arm):
+    spec = tiny_spec(arm, steps=60, decay_steps=15)
+    straight = run(spec, tmp_path / "a" / spec.id, OFTEN)
+    for stop in (7, 30, 11):
+        with pytest.raises(Stopped):
+            run(spec, tmp_path / "b" / spec.id, OFTEN, stop_after(stop))
+    resumed = run(spec, tmp_path / "b" / spec.id, OFTEN)
+    assert weights(tmp_path / "a" / spec.id) == weights(tmp_path / "b" / spec.id)
+    assert faithful(straight) == faithful(resumed)
+    assert losses(tmp_path / "a" / spec.id) == losses(tmp_path / "b" / spec.id)
+
+
+def test_siblings_share_a_trunk_and_end_as_straight_runs(tmp_path, tiny_spec):
+    specs = [tiny_spec("discrete-random", steps=n, decay_steps=n // 4) for n in (24, 48, 96)]
+    branches = tuple(spec.train.branch_step for spec in specs)
+    for spec in specs:
+        run(spec, tmp_path / "shared" / spec.id, dataclasses.replace(OFTEN, branch_steps=branches))
+        alone = run(spec, tmp_path / spec.id / spec.id, OFTEN)
+        assert weights(tmp_path / "shared" / spec.id) == weights(tmp_path / spec.id / spec.id)
+        assert alone["trunk_id"] == specs[0].trunk_id
+    log = (tmp_path / "shared" / specs[2].id / "log.txt").read_text()
+    assert f"training from step {branches[1]} of 96" in log
+
+
+def test_a_corrupt_newest_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path, tiny_spec):
+    spec = tiny_spec("continuous-raster", steps=40, decay_steps=5)
+    straight = tmp_path / "a" / spec.id
+    run(spec, straight, OFTEN)
+    broken = tmp_path / "b" / spec.id
+    with pytest.raises(Stopped):
+        run(spec, broken, OFTEN, stop_after(22))
+    newest = broken / "ckpt" / "last.ckpt"
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    run(spec, broken, OFTEN)
+    log = (broken / "log.txt").read_text()
+    assert "does not load" in log and "training from step 20 of 40" in log
+    assert weights(straight) == weights(broken)
+
+
+def test_a_loss_that_is_not_finite_is_a_result(tmp_path, tiny_spec):
+    spec = tiny_spec("continuous-random", steps=50, lr=1e30)
+    record = run(spec, tmp_path / spec.id, OFTEN)
+    assert record["status"] == "diverged" and "val_loss" not in record
+    assert RunFolder(tmp_path / spec.id).status["state"] == "diverged"
+    assert not record["lr_decay_complete"]
+
+
+def test_a_finished_run_costs_nothing(tmp_path, tiny_spec):
+    spec = tiny_spec("discrete-raster")
+    first = run(spec, tmp_path / spec.id, OFTEN)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / spec.id).rglob("*")}
+    assert run(spec, tmp_path / spec.id, OFTEN) == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / spec.id).rglob("*")} == before
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path, tiny_spec):
+    spec, other = tiny_spec("discrete-raster"), tiny_spec("discrete-raster", lr=1e-3)
+    with pytest.raises(Stopped):
+        run(spec, tmp_path / "x", OFTEN, stop_after(1))
+    with pytest.raises(InvalidInput, match="holds another run"):
+        run(other, tmp_path / "x", OFTEN)
+
+
+def test_a_failure_leaves_its_reason(tmp_path, tiny_spec):
+    spec = tiny_spec("discrete-raster")
+    strange = dataclasses.replace(spec, tokenizer_sha256="00" * 32)
+    with pytest.raises(InvalidInput):
+        run(strange, tmp_path / strange.id, OFTEN)
+    status = RunFolder(tmp_path / strange.id).status
+    assert status["state"] == "failed" and "InvalidInput" in status["error"]
+
+
+def test_trained_weights_load_and_corrupt_ones_are_refused(tmp_path, tiny_spec):
+    spec = tiny_spec("discrete-raster")
+    run(spec, tmp_path / spec.id, OFTEN)
+    loaded, model = load_trained(tmp_path / spec.id)
+    assert loaded == spec and not model.training
+    assert trunk_checkpoint(trunk_folder(tmp_path, spec.trunk_id), spec.train.branch_step).exists()
+    path = RunFolder(tmp_path / spec.id).weights
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InvalidInput, match="does not load"):
+        load_trained(tmp_path / spec.id)

@@ -1,0 +1,89 @@
+import pytest
+
+from fluidscale.spec import ARMS, InvalidInput
+from fluidscale.sweep import load_sweep
+
+
+def write(tmp_path, body: str) -> str:
+    """A sweep file of the user's own beside a copy of the shared recipe."""
+    from fluidscale.sweep import SWEEPS
+
+    (tmp_path / "recipe.yaml").write_text((SWEEPS / "recipe.yaml").read_text())
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: recipe\n" + body)
+    return str(path)
+
+
+GOOD = "sizes: [45K]\narms: [discrete-raster]\nimages: [8192]\n"
+
+
+def test_local_is_four_arms_by_five_sizes_by_three_data_sizes():
+    sweep = load_sweep("local")
+    assert {run.arm for run in sweep.runs} == set(ARMS)
+    assert len(sweep.runs) == 4 * 5 * 3 and len({run.id for run in sweep.runs}) == 60
+    assert len({run.trunk_id for run in sweep.runs}) == 20
+    assert not sweep.partial
+
+
+def test_only_the_largest_data_size_is_evaluated_in_full():
+    for run in load_sweep("local", arms=["continuous-random"]).runs:
+        assert (run.evaluate.fd_images > 0) == (run.images == 98304)
+
+
+def test_filters_keep_what_they_name_and_say_so():
+    sweep = load_sweep("local", sizes=["45K", "1M"], arms=["discrete-random"])
+    assert {run.size for run in sweep.runs} == {"45K", "1M"} and sweep.partial
+    assert not load_sweep("local", sizes=["all"], arms=["all"]).partial
+
+
+def test_every_shipped_sweep_resolves():
+    from fluidscale.sweep import SWEEPS
+
+    for path in SWEEPS.glob("*.yaml"):
+        if path.stem not in ("recipe", "sizes", "worlds"):
+            assert load_sweep(path.stem).runs
+
+
+def test_a_dotted_key_varies(tmp_path):
+    runs = load_sweep(write(tmp_path, GOOD + "vary: {train.lr: [1.0e-3, 2.0e-3], model.aligner_depth: [0, 1]}\n")).runs
+    assert {(run.train.lr, run.model.aligner_depth) for run in runs} == {(1e-3, 0), (1e-3, 1), (2e-3, 0), (2e-3, 1)}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("sizes: [45k]\nimages: [8192]\n", r"sizes: unknown key '45k'; did you mean '45K'"),
+        (GOOD + "defaults: {train: {learning_rate: 1}}\n", r"train: unknown key 'learning_rate'"),
+        (GOOD + "seed: [1]\n", r"mine.yaml: unknown key 'seed'; did you mean 'seeds'"),
+        (GOOD + "vary: {train.lrs: [1]}\n", r"unknown key 'lrs'; did you mean 'lr'"),
+        (GOOD + "defaults: {model: {num_heads: 3}, train: {lr: -1}}\n", r"lr .*must be positive"),
+        ("sizes: [45K]\nimages: [1000]\n", r"1000 is not a multiple of the batch 64"),
+        ("sizes: [45K]\nimages: [128]\n", r"2 steps cannot hold 60 of warm-up"),
+        (GOOD + "defaults: {data: {world: icons33}}\n", r"unknown key 'icons33'; did you mean 'icons32'"),
+        (GOOD + "by_token_kind: {discrete: {tokenizer: nothing}}\n", r"no tokenizer 'nothing'"),
+        (GOOD + "by_order: {raster: {model: {mask_law: cosine}}}\n", r"mask_law 'cosine' is not for raster"),
+        (GOOD + "by_token_kind: {discrete: {tokenizer: icons32-vae}}\n", r"cannot use the continuous tokenizer"),
+        ("sizes: [45K\n", "not readable as YAML"),
+        ("arms: [discrete]\nsizes: [45K]\nimages: [8192]\n", "arms: unknown key 'discrete'"),
+    ],
+)
+def test_what_does_not_fit_is_one_clear_line(tmp_path, body, message):
+    with pytest.raises(InvalidInput, match=message) as caught:
+        load_sweep(write(tmp_path, body))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_width_that_heads_do_not_divide_is_refused(tmp_path):
+    with pytest.raises(InvalidInput, match="width 16 is not divisible by num_heads 3"):
+        load_sweep(write(tmp_path, GOOD + "vary: {model.num_heads: [3]}\n"))
+
+
+@pytest.mark.parametrize(("sizes", "arms"), [(["2M"], None), (None, ["continuous"])])
+def test_an_unknown_filter_lists_what_there_is(sizes, arms):
+    with pytest.raises(InvalidInput, match="it has: "):
+        load_sweep("local", sizes, arms)
+
+
+def test_an_unknown_sweep_names_the_nearest():
+    with pytest.raises(InvalidInput, match="did you mean 'local'"):
+        load_sweep("locol")
