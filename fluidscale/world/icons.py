@@ -45,7 +45,7 @@ def master(name: str) -> Image.Image:
     path = OWN_SVG / f"{name.replace(' ', '-')}.svg" if code is None else get_openmoji_svg_data() / f"{code}.svg"
     png = svg_to_bytes(svg_string=path.read_text(encoding="utf-8"), width=_MASTER_PX, skip_system_fonts=True)
     image = Image.open(io.BytesIO(png)).convert("RGBA")
-    visible = image.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox()
+    visible = Image.fromarray(np.asarray(image.getchannel("A")) > 16).getbbox()
     assert visible is not None, f"{path} draws nothing"
     image = image.crop(visible)
     side = max(image.size)

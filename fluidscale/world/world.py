@@ -150,9 +150,9 @@ class World:
             )
         )
         colors = fitting(frozenset(content.objects))
-        background = BACKGROUNDS[colors[int(u[3] * len(colors))]]
+        background = tuple(BACKGROUNDS[colors[int(u[3] * len(colors))]].tolist())
         angle, strength = 2 * math.pi * u[4], _GRADIENT * u[5]
-        return Scene(content, icons, tuple(background), (strength * math.cos(angle), strength * math.sin(angle)))
+        return Scene(content, icons, background, (strength * math.cos(angle), strength * math.sin(angle)))
 
 
 def _key(spec: WorldSpec, use: str) -> int:
