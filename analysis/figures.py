@@ -1,0 +1,190 @@
+"""The report's figures, drawn from laws.json alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.panels import INK, MUTED, colour, grid, label_of, log_axis, marker, name_of
+
+AXIS_NAMES = {"n": "parameters N", "d": "training images D", "c": "training compute C (FLOPs)"}
+METRIC_NAMES = {
+    "val_loss": "validation loss", "val_nll": "validation NLL", "fd": "Fréchet distance", "fid": "FID",
+    "geneval": "GenEval-protocol score", "geneval_unseen": "score, unseen combinations",
+}  # fmt: skip
+Document = dict[str, Any]
+
+
+def title_of(metric: str) -> str:
+    return METRIC_NAMES.get(metric, metric.removeprefix("geneval_").replace("_", " "))
+
+
+def axis_name(doc: Document, axis: str) -> str:
+    """The axis' name; tables of others keep their own column's name."""
+    column = doc["table"]["columns"][axis]
+    own = {"n": "params_total", "d": "images", "c": "train_flops"}
+    return AXIS_NAMES[axis] if column in (None, own[axis]) else str(column)
+
+
+def arms(doc: Document) -> list[str]:
+    return list(dict.fromkeys(name_of(m["group"]) for m in doc["measurements"]))
+
+
+def measured(doc: Document, metric: str) -> list[Document]:
+    return [m for m in doc["measurements"] if m["metric"] == metric]
+
+
+def fits_of(doc: Document, metric: str, axis: str) -> list[Document]:
+    """One-axis fits of a metric along an axis."""
+    return [f for f in doc["fits"] if f["metric"] == metric and f["axes"] == [axis] and f["curve"]]
+
+
+def _array(values: list[float | None]) -> np.ndarray:
+    return np.array([np.nan if v is None else v for v in values], float)
+
+
+def _draw_points(ax: Axes, doc: Document, item: Document, axis: str, alone: bool) -> None:
+    x, y, se = (_array(item[k]) for k in (axis, "y", "se"))
+    largest = np.array(item["largest"], bool)
+    tint = colour(item["group"], arms(doc))
+    style = {"marker": marker(item["group"]), "color": tint, "linestyle": "none"}
+    if (~largest).any():
+        ax.plot(x[~largest], y[~largest], markersize=3, alpha=0.35, markeredgewidth=0, **style)
+    bars = np.where(np.isfinite(se[largest]), 1.96 * se[largest], 0.0)
+    label = None if alone else label_of(item["group"])
+    ax.errorbar(x[largest], y[largest], bars, markersize=4.5, elinewidth=0.9, capsize=0, label=label, zorder=3, **style)
+
+
+def _draw_curve(ax: Axes, doc: Document, item: Document, reach: float) -> None:
+    curve, tint = item["curve"], colour(item["group"], arms(doc))
+    x, mean, low, high = (_array(curve[k]) for k in ("x", "mean", "low", "high"))
+    values = _array(item["points"][item["axes"][0]])
+    last, first = values.max(), values.min()
+    keep = (x <= last * reach) & (x >= first / 1.6)
+    inside = keep & (x <= last * 1.02)
+    ax.plot(x[inside], mean[inside], color=tint, linewidth=1.4)
+    ax.plot(x[keep & (x >= last)], mean[keep & (x >= last)], color=tint, linewidth=1.2, linestyle=(0, (4, 2)))
+    ax.fill_between(x[keep], low[keep], high[keep], color=tint, alpha=0.13, linewidth=0)
+
+
+def _limits(items: list[Document], fits: list[Document], reach: float) -> tuple[float, float]:
+    """y limits from the points and the mean curves; a band that explodes must not flatten everything else."""
+    values = [v for m in items for v in m["y"]]
+    for f in fits:
+        x, last = _array(f["curve"]["x"]), _array(f["points"][f["axes"][0]]).max()
+        values += [v for v in _array(f["curve"]["mean"])[x <= last * reach] if np.isfinite(v)]
+    low, high = min(values), max(values)
+    if items[0]["kind"] == "score":
+        return max(0.0, low - 0.06), min(1.02, high + 0.08)
+    if low <= 0:
+        return low - 0.08 * (high - low), high + 0.08 * (high - low)
+    pad = (high / low) ** 0.12
+    return low / pad, high * pad
+
+
+def _floors(ax: Axes, items: list[Document]) -> None:
+    """Reconstruction floor of a distance, the tokenizer's ceiling of a score: what no model in the panel can pass."""
+    for item in items:
+        for key, text in (("floor", "tokenizer floor"), ("ceiling", "tokenizer ceiling")):
+            low, high = ax.get_ylim()
+            if item[key] is not None and low <= item[key] <= high:
+                ax.axhline(item[key], color=MUTED, linewidth=0.9, linestyle=":")
+                ax.annotate(text, (1.0, item[key]), xycoords=("axes fraction", "data"), fontsize=6.5, color=MUTED,
+                            ha="right", va="bottom")  # fmt: skip
+        break
+
+
+def _panels(items: list[Document]) -> list[list[Document]]:
+    """Measurements that share a unit share a panel; losses of unlike units never share an axis."""
+    by_unit: dict[tuple[str, ...], list[Document]] = {}
+    for item in items:
+        kind = item["group"].get("token_kind", "")
+        by_unit.setdefault((item["unit"], kind if item["kind"] in ("loss", "signed") else ""), []).append(item)
+    return list(by_unit.values())
+
+
+def metric_along(doc: Document, metric: str, axis: str, reach: float = 4.0) -> Figure | None:
+    """One metric against N, D or C: points with 95 % error bars, law, band, shaded extrapolation up to `reach` times."""
+    items = [m for m in measured(doc, metric) if np.isfinite(_array(m[axis])).any()]
+    if not items:
+        return None
+    panels = _panels(items)
+    figure, axes = grid(len(panels), height=3.0)
+    for ax, members in zip(axes, panels, strict=True):
+        names = {name_of(m["group"]) for m in members}
+        fits = [f for f in fits_of(doc, metric, axis) if name_of(f["group"]) in names]
+        for f in fits:
+            _draw_curve(ax, doc, f, reach)
+        for m in members:
+            _draw_points(ax, doc, m, axis, len(members) == 1)
+        x = np.concatenate([_array(m[axis]) for m in members])
+        right = np.nanmax(x) * (reach if fits else 1.3)
+        if fits:
+            ax.axvspan(np.nanmax(x) * 1.04, right, color="#f3f5f7", zorder=0, linewidth=0)
+            ax.annotate("extrapolation", (0.99, 0.99), xycoords="axes fraction", fontsize=6.5, color=MUTED, ha="right", va="top")
+        ax.set_xscale("log")
+        ax.set_xlim(np.nanmin(x) / 1.5, right)
+        low, high = _limits(members, fits, reach)
+        if members[0]["kind"] not in ("score", "signed"):
+            ax.set_yscale("log")
+            log_axis(ax.yaxis, low, high)
+        ax.set_ylim(low, high)
+        log_axis(ax.xaxis, *ax.get_xlim())
+        _floors(ax, members)
+        unit = members[0]["unit"]
+        ax.set_title(" / ".join(sorted({m["group"].get("token_kind", "") for m in members})) or title_of(metric))
+        ax.set_xlabel(axis_name(doc, axis))
+        ax.set_ylabel(f"{title_of(metric)}" + (f"\n({unit})" if unit else ""))
+        if len(members) > 1:
+            ax.legend(loc="best")
+    return figure
+
+
+def tags(doc: Document) -> Figure | None:
+    """The score's tags against N, one small panel a tag."""
+    names = [m for m in dict.fromkeys(m["metric"] for m in doc["measurements"]) if m.startswith("geneval_")]
+    if not names:
+        return None
+    figure, axes = grid(len(names), columns=4, height=2.1, sharey=True)
+    figure.set_figwidth(2.1 * min(4, len(names)))
+    for ax, metric in zip(axes, names, strict=True):
+        for f in fits_of(doc, metric, "n"):
+            _draw_curve(ax, doc, f, 1.3)
+        for m in measured(doc, metric):
+            _draw_points(ax, doc, m, "n", False)
+        ax.set_xscale("log")
+        log_axis(ax.xaxis, *ax.get_xlim())
+        ax.set_title(title_of(metric), fontsize=8)
+        ax.tick_params(labelsize=6.5)
+        ax.set_ylim(0, 1.02)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    return figure
+
+
+def residuals(doc: Document) -> Figure | None:
+    """Residuals of the headline metric's laws, in percent, against N: what the law leaves unexplained."""
+    chosen = [f for f in doc["fits"] if f["metric"] == doc["headline_metric"] and f["axes"] != ["c"]]
+    chosen = [f for f in chosen if f["objective"]["name"].endswith("-log")]
+    if not chosen:
+        return None
+    laws = list(dict.fromkeys(f["law"] for f in chosen))
+    figure, axes = grid(len(laws), height=2.5)
+    for ax, law in zip(axes, laws, strict=True):
+        for f in (f for f in chosen if f["law"] == law):
+            x = _array(f["points"]["n"])
+            jitter = 1.04 ** (arms(doc).index(name_of(f["group"])) - 1.5)
+            ax.plot(x * jitter, 100 * _array(f["points"]["residual"]), marker(f["group"]), markersize=4, alpha=0.8,
+                    color=colour(f["group"], arms(doc)), label=label_of(f["group"]))  # fmt: skip
+        ax.axhline(0, color=INK, linewidth=0.8)
+        ax.set_xscale("log")
+        log_axis(ax.xaxis, *ax.get_xlim())
+        ax.set_title(law)
+        ax.set_xlabel(axis_name(doc, "n"))
+        ax.set_ylabel("law over measured (%)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    return figure

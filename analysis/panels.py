@@ -1,0 +1,105 @@
+"""How every figure looks: one colour a token kind and order (safe for colour-blind readers), honest log ticks."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from analysis.document import write
+
+# Okabe and Ito 2008, "Color universal design": told apart under every common colour deficiency and in grey by marker
+ARM_COLOURS = {
+    "continuous-random": "#0072B2", "continuous-raster": "#009E73",
+    "discrete-random": "#D55E00", "discrete-raster": "#CC79A7",
+}  # fmt: skip
+OTHER_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = {"random": "o", "raster": "s"}
+INK, MUTED, GRID = "#1f2933", "#6b7785", "#e3e7eb"
+# one column of a two-column paper is 3.3 in; panels are drawn at that width so that text stays readable there
+PANEL_WIDTH, PANEL_HEIGHT = 3.5, 2.75
+PNG_DPI = 200
+
+plt.rcParams.update({
+    "font.family": "DejaVu Sans", "font.size": 8.5, "axes.titlesize": 9, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.labelcolor": INK, "text.color": INK, "axes.edgecolor": "#9aa5b1",
+    "axes.linewidth": 0.7, "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "legend.frameon": False,
+    "legend.fontsize": 7.5, "svg.fonttype": "path", "svg.hashsalt": "fluidscale", "axes.axisbelow": True,
+})  # fmt: skip
+
+
+def name_of(group: dict[str, str]) -> str:
+    return "-".join(group.values()) or "all"
+
+
+def label_of(group: dict[str, str]) -> str:
+    return " · ".join(group.values()) or "all runs"
+
+
+def colour(group: dict[str, str], order: Sequence[str] = ()) -> str:
+    """The arm's own colour, or one by position among `order` for groups of other tables."""
+    name = name_of(group)
+    if name in ARM_COLOURS:
+        return ARM_COLOURS[name]
+    return OTHER_COLOURS[list(order).index(name) % len(OTHER_COLOURS)] if name in order else OTHER_COLOURS[0]
+
+
+def marker(group: dict[str, str]) -> str:
+    return MARKERS.get(group.get("order", ""), "o")
+
+
+def grid(count: int, columns: int = 2, height: float = PANEL_HEIGHT, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` equal panels."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(PANEL_WIDTH * columns, height * rows), squeeze=False, layout="constrained", sharey=sharey
+    )
+    flat = list(axes.ravel())
+    for spare in flat[count:]:
+        spare.set_visible(False)
+    return figure, flat[:count]
+
+
+def short(value: float, _: Any = None) -> str:
+    """1.2M, 48K, 0.35, 3e+15: an axis label that a person reads."""
+    if value == 0:
+        return "0"
+    for limit, divisor, unit in ((1e13, 0, ""), (1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e3, 1e3, "K")):
+        if abs(value) >= limit:
+            return f"$10^{{{np.log10(value):.3g}}}$" if not divisor else f"{value / divisor:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def log_axis(axis: Any, low: float, high: float) -> None:
+    """A logarithmic axis with labelled ticks however short its range is: 1-2-5 within a decade or two, decades beyond."""
+    span = np.log10(high / low)
+    subs = (1.0,) if span > 3 else (1.0, 3.0) if span > 1.6 else (1.0, 2.0, 5.0)
+    axis.set_major_locator(MaxNLocator(5) if span < 0.7 else LogLocator(base=10, subs=subs))
+    axis.set_major_formatter(FuncFormatter(short))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def save(figure: Figure, folder: Path, name: str) -> bytes:
+    """Writes name.png and name.svg under folder; returns the PNG's bytes."""
+    images = {}
+    for suffix in ("png", "svg"):
+        buffer = io.BytesIO()
+        metadata = {"Date": None} if suffix == "svg" else None
+        figure.savefig(buffer, format=suffix, dpi=PNG_DPI, metadata=metadata, facecolor="white")
+        images[suffix] = buffer.getvalue()
+        write(folder / f"{name}.{suffix}", images[suffix])
+    plt.close(figure)
+    return images["png"]

@@ -1,0 +1,102 @@
+"""The report: one offline HTML file, its figures as PNG and SVG, and a Markdown version, all from laws.json alone.
+
+    python analysis/report.py results/local/laws.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import jinja2  # noqa: E402
+
+from analysis import figures, panels, words  # noqa: E402
+from analysis.document import write  # noqa: E402
+
+Document = dict[str, Any]
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def _embed(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _figures(doc: Document, folder: Path) -> list[dict[str, str]]:
+    """Draws every figure the data allow; each with its section, caption and embedded image."""
+    metrics = list(dict.fromkeys(m["metric"] for m in doc["measurements"]))
+    plain = [m for m in metrics if not m.startswith("geneval_")]
+    jobs = []
+    for metric in plain:
+        title = words.title_of(metric)
+        for axis in ("n", "c"):
+            caption = f"{title[:1].upper()}{title[1:]} against {figures.axis_name(doc, axis)}. Bars are 95 % of the evaluation error; bands are 95 % of the mean law."
+            jobs.append((metric, f"{metric}-vs-{axis}", caption, figures.metric_along(doc, metric, axis)))
+    jobs.append(("tags", "score-tags", "Each tag of the score against parameters.", figures.tags(doc)))
+    jobs.append(("residuals", "residuals", "What the laws leave unexplained.", figures.residuals(doc)))
+    out = []
+    for section, name, caption, figure in jobs:
+        if figure is not None:
+            image = panels.save(figure, folder / "figures", name)
+            out.append({"section": section, "name": name, "caption": caption, "src": _embed(image)})
+    return out
+
+
+def _samples(doc: Document, folder: Path) -> dict[str, Any]:
+    """Sample grids by arm (rows) and size (columns, in order of N) that lie beside the table."""
+    sizes: dict[str, float] = {}
+    arms: dict[str, str] = {}
+    for m in doc["measurements"]:
+        arms[panels.name_of(m["group"])] = panels.label_of(m["group"])
+        for size, n in zip(m["size"], m["n"], strict=True):
+            sizes[size] = max(n or 0.0, sizes.get(size, 0.0))
+    columns = sorted(filter(None, sizes), key=lambda s: sizes[s])
+    rows = []
+    for arm, label in arms.items():
+        paths = [folder / f"{arm}-{size}.png" for size in columns]
+        if any(p.is_file() for p in paths):
+            rows.append((label, [_embed(p.read_bytes()) if p.is_file() else None for p in paths]))
+    return {"sizes": columns, "rows": rows}
+
+
+def build(laws: Path, samples: Path | None = None) -> Path:
+    """laws.json -> report/index.html, report/report.md and report/figures/ beside it; returns the HTML file."""
+    doc = json.loads(laws.read_text())
+    folder = laws.parent / "report"
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=jinja2.select_autoescape(("html.j2",)),
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.globals.update(digits=words.digits, span=words.span, label_of=panels.label_of, title_of=words.title_of)
+    context = {
+        "doc": doc, "figures": _figures(doc, folder), "samples": _samples(doc, samples or laws.parent / "samples"),
+        "summary": words.summary(doc), "laws": words.law_rows(doc),
+        "metrics": [m for m in dict.fromkeys(m["metric"] for m in doc["measurements"]) if not m.startswith("geneval_")],
+    }  # fmt: skip
+    write(folder / "report.md", environment.get_template("report.md.j2").render(context))
+    write(folder / "index.html", environment.get_template("report.html.j2").render(context))
+    return folder / "index.html"
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description="Writes the report of a laws.json (fit_laws.py does so too).")
+    p.add_argument("laws", nargs="?", type=Path, default=ROOT / "results/local/laws.json")
+    p.add_argument("--samples", type=Path, help="folder of <arm>-<size>.png grids (samples/ beside laws.json)")
+    args = p.parse_args(argv)
+    try:
+        print(build(args.laws, args.samples))
+    except (OSError, ValueError) as error:
+        print(f"report: {args.laws}: {error}: run fit_laws.py first", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Which laws are fitted to which metric by default, and the fits of a whole table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from analysis.fit import Fit, Warned, default_objective, fit
+from analysis.laws import Law, SumLaw, law
+from analysis.points import Points, select
+from analysis.solver import HUBER_DELTA, Objective
+from analysis.table import InvalidTable, Table
+
+# a point this many standard errors from its floor, or less, says that the floor is not one
+FLOOR_TOUCH = 2.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user asked for; empty or None means the defaults of each metric."""
+
+    laws: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    objective: str | None = None
+    delta: float = HUBER_DELTA
+    floor: float | None = None
+    level: float = 0.95
+
+    @property
+    def explicit(self) -> bool:
+        return bool(self.laws or self.metrics)
+
+
+@dataclass(frozen=True)
+class Study:
+    """All fits of a table, the points of every metric and group, and what was refused, with its code."""
+
+    table: Table
+    choice: Choice
+    points: tuple[Points, ...]
+    fits: tuple[Fit, ...]
+    refused: tuple[Mapping[str, object], ...]
+    excluded: tuple[Mapping[str, object], ...]
+
+    def find(self, metric: str, law_name: str, axes: tuple[str, ...] | None = None) -> list[Fit]:
+        """Fits of one metric and law over all groups, in the table's order."""
+        same = [f for f in self.fits if f.points.metric == metric and f.law.name == law_name]
+        return [f for f in same if axes is None or tuple(f.law.axes) == axes]
+
+
+def fixed_floor(points: Points) -> tuple[float | None, list[Warned]]:
+    """The measured floor of a distance: the tokenizer's reconstruction, or real-to-real where samples touch that."""
+    if points.kind != "distance":
+        return None, []
+    if points.floor is None:
+        return None, [Warned("NO_FLOOR", f"{points.metric} has no measured floor: E is free and wide")]
+    error = np.nan_to_num(points.se, nan=0.0)
+    if (points.y - points.floor > FLOOR_TOUCH * error).all():
+        return points.floor, []
+    real = points.real_floor or 0.0
+    message = f"samples come within 2 SE of the tokenizer's floor {points.floor:.4g}: real-to-real {real:.4g} is used"
+    if not (points.y > real).all():
+        return 0.0, [Warned("FLOOR_TOUCHED", message + " but is touched too: 0 is used", True)]
+    return real, [Warned("FLOOR_TOUCHED", message)]
+
+
+def default_laws(points: Points) -> list[Law]:
+    """Over N and C on the largest data size; for losses also the joint law in (N, D)."""
+    if points.kind == "score":
+        return [law("logit", "n"), law("logit", "c")]
+    signed = points.kind == "signed"
+    one_axis = [law("power-floor", signed_floor=signed), law("compute", signed_floor=signed)]
+    return [*one_axis, law("chinchilla")] if points.kind == "loss" else one_axis
+
+
+def suited(chosen: Law, points: Points) -> Points:
+    """One-axis laws take each size's largest data size; joint laws and ladders with D in step with N take all."""
+    if len(chosen.axes) > 1 or chosen.axes == ("d",):
+        return points
+    return points.largest_data()
+
+
+def _axes_present(chosen: Law, table: Table) -> bool:
+    return all(table.columns.axis(axis) for axis in chosen.axes)
+
+
+def fit_one(chosen: Law, points: Points, choice: Choice) -> Fit:
+    """One law on one metric's points, with the metric's own floor and objective. Raises InvalidTable."""
+    used = suited(chosen, points)
+    floor, warned = fixed_floor(used)
+    if choice.floor is not None:
+        floor, warned = choice.floor, []
+    floored = isinstance(chosen, SumLaw) and chosen.floored
+    objective = Objective(choice.objective, choice.delta) if choice.objective else default_objective(used, choice.delta)
+    done = fit(chosen, used, objective, floor if floored else None)
+    return replace(done, warnings=(*done.warnings, *(warned if floored else [])))
+
+
+def _requested(points: Points, choice: Choice) -> list[Law]:
+    if not choice.laws:
+        return default_laws(points)
+    return [law(name, signed_floor=points.kind == "signed") for name in choice.laws]
+
+
+def study(table: Table, choice: Choice) -> Study:
+    """Fits everything asked for; a fit the data cannot carry is listed as refused.
+
+    Raises InvalidTable when what was asked for by name cannot be done for any group.
+    """
+    metrics: Sequence[str] = choice.metrics or table.metrics()
+    if not metrics:
+        raise InvalidTable("NO_METRIC", f"{table.source} has no metric of the known schema: name one with --metric")
+    kind = "score" if choice.laws == ("logit",) else None
+    all_points, fits, refused, excluded = [], [], [], list(table.excluded)
+    for metric in metrics:
+        for group, rows in table.groups():
+            try:
+                points, dropped = select(table, group, rows, metric, kind)
+            except InvalidTable as error:
+                if choice.metrics:
+                    raise
+                refused.append({"group": group, "metric": metric, "law": None, "code": error.code, "message": error.args[0]})
+                continue
+            excluded += [{**e, "metric": metric} for e in dropped]
+            if not len(points):
+                continue
+            all_points.append(points)
+            for chosen in _requested(points, choice):
+                if not choice.laws and not _axes_present(chosen, table):
+                    continue
+                try:
+                    fits.append(fit_one(chosen, points, choice))
+                except InvalidTable as error:
+                    entry = {"group": group, "metric": metric, "law": chosen.name, "axes": list(chosen.axes)}
+                    refused.append({**entry, "code": error.code, "message": error.args[0]})
+    if not fits and choice.explicit and refused:
+        raise InvalidTable(str(refused[0]["code"]), str(refused[0]["message"]))
+    if not all_points:
+        first = refused[0] if refused else excluded[0] if excluded else None
+        detail = first.get("message", first.get("reason")) if first else "every metric cell is blank"
+        raise InvalidTable(str(first["code"]) if first else "NOTHING_MEASURED", f"{table.source}: no usable value: {detail}")
+    return Study(table, choice, tuple(all_points), tuple(fits), tuple(refused), tuple(excluded))

@@ -1,0 +1,238 @@
+"""Reads any table of finished runs and says, row by row, what was left out and why.
+
+Nothing is ever filled in: a blank is "not measured", a literal `nan` or text in a number is excluded by name, and what
+makes rows incomparable (units, protocols, contradicting duplicates) is refused with a code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+AXES = ("n", "d", "c")
+OWN_COLUMNS = {"n": "params_total", "d": "images", "c": "train_flops"}
+OWN_GROUP = ("token_kind", "order")
+FINISHED = ("done", "finished", "ok", "completed", "")
+# what each metric of our own schema is, hence how it is fitted and read
+LOSSES = ("val_loss",)
+SIGNED = ("val_nll",)
+DISTANCES = ("fd", "fid")
+SCORE_PREFIX = "geneval"
+
+
+class InvalidTable(ValueError):
+    """A table that cannot be analysed; `code` is stable, the message says what, where and the way out."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"[{self.code}] {self.args[0]}"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column is what. `cluster` names rows that share a trunk and are therefore not independent."""
+
+    n: str | None
+    d: str | None
+    c: str | None
+    group: tuple[str, ...]
+    cluster: str | None = None
+    seed: str | None = None
+    se: str | None = None
+
+    def axis(self, name: str) -> str | None:
+        return {"n": self.n, "d": self.d, "c": self.c}[name]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Usable rows (axes as floats), what was excluded, and the sha256 of the bytes it was read from."""
+
+    frame: pd.DataFrame
+    columns: Columns
+    source: str
+    sha256: str
+    n_rows: int
+    excluded: tuple[dict, ...] = ()
+    own: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def groups(self) -> list[tuple[dict[str, str], pd.DataFrame]]:
+        """Every group with its rows, in the table's order of first appearance."""
+        if not self.columns.group:
+            return [({}, self.frame)]
+        parts = self.frame.groupby(list(self.columns.group), sort=False, dropna=False)
+        return [(dict(zip(self.columns.group, map(str, key), strict=True)), rows) for key, rows in parts]
+
+    def metrics(self) -> list[str]:
+        """The metrics of our own schema that at least one row carries."""
+        known = [c for c in self.frame.columns if kind_of(c) is not None and f"{c}_se" in self.frame.columns]
+        return [c for c in known if pd.to_numeric(self.frame[c], errors="coerce").notna().any()]
+
+
+def kind_of(metric: str) -> str | None:
+    """`loss`, `signed`, `distance` or `score` for the metrics of our own schema, None for any other name."""
+    for kind, names in (("loss", LOSSES), ("signed", SIGNED), ("distance", DISTANCES)):
+        if metric in names:
+            return kind
+    suffixes = ("_se", "_unit", "_n", "_protocol", "_ceiling", "_floor")
+    return "score" if metric.startswith(SCORE_PREFIX) and not metric.endswith(suffixes) else None
+
+
+def read(path: Path | str) -> tuple[pd.DataFrame, str]:
+    """A CSV, parquet or JSON-lines file, or a folder of runs (each with a record.json) -> frame and sha256.
+
+    CSV cells stay text here, so that a blank, a `nan` and a word are told apart later. Raises InvalidTable.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_runs(path)
+    if not path.exists():
+        raise InvalidTable("NO_TABLE", f"{path} does not exist: give a table, or make one with `make collect`")
+    blob = path.read_bytes()
+    if not blob.strip():
+        raise InvalidTable("EMPTY_TABLE", f"{path} is empty: collect again")
+    sha = hashlib.sha256(blob).hexdigest()
+    try:
+        if path.suffix in (".parquet", ".pq"):
+            frame = pd.read_parquet(io.BytesIO(blob))
+        elif path.suffix in (".jsonl", ".ndjson"):
+            frame = pd.DataFrame([json.loads(line) for line in blob.decode("utf-8-sig").splitlines() if line.strip()])
+        else:
+            text = blob.decode("utf-8-sig")
+            frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, comment="#", skipinitialspace=True)
+    except (ValueError, OSError, pd.errors.ParserError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidTable("UNREADABLE_TABLE", f"{path} is no readable {path.suffix or 'CSV'} table: {reason}") from error
+    if frame.empty:
+        raise InvalidTable("NO_ROWS", f"{path} has a header but no rows: nothing has finished yet")
+    return frame, sha
+
+
+def _read_runs(folder: Path) -> tuple[pd.DataFrame, str]:
+    records = sorted(folder.glob("*/record.json"))
+    if not records:
+        raise InvalidTable("NO_ROWS", f"{folder} holds no */record.json: no run there has finished")
+    digest, rows = hashlib.sha256(), []
+    for record in records:
+        blob = record.read_bytes()
+        digest.update(blob)
+        try:
+            rows.append(json.loads(blob))
+        except ValueError as error:
+            raise InvalidTable("UNREADABLE_TABLE", f"{record} is not JSON: evaluate that run again ({error})") from error
+    return pd.DataFrame(rows), digest.hexdigest()
+
+
+def numbers(column: pd.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values (float, NaN where none), a mask of blanks, a mask of cells that are there but are no finite number."""
+    text = column.astype(object).where(column.notna(), "")
+    blank = np.array([isinstance(cell, str) and not cell.strip() for cell in text], bool)
+    values = pd.to_numeric(pd.Series(text, dtype=object).where(~blank, None), errors="coerce").to_numpy(float)
+    return values, blank, ~blank & ~np.isfinite(values)
+
+
+def load(
+    path: Path | str,
+    *,
+    n: str | None = None,
+    d: str | None = None,
+    c: str | None = None,
+    group: Sequence[str] | None = None,
+    cluster: str | None = None,
+    seed: str | None = None,
+    se: str | None = None,
+) -> Table:
+    """Reads and prepares a table; without a mapping the columns of our own schema are expected. Raises InvalidTable."""
+    frame, sha = read(path)
+    return prepare(frame, sha, str(path), n=n, d=d, c=c, group=group, cluster=cluster, seed=seed, se=se)
+
+
+def prepare(
+    frame: pd.DataFrame,
+    sha: str,
+    source: str,
+    *,
+    n: str | None = None,
+    d: str | None = None,
+    c: str | None = None,
+    group: Sequence[str] | None = None,
+    cluster: str | None = None,
+    seed: str | None = None,
+    se: str | None = None,
+) -> Table:
+    """A frame from anywhere (read-only and nullable columns included; it is not modified) -> Table."""
+    if frame.empty:
+        raise InvalidTable("NO_ROWS", f"{source} has no rows")
+    own = not (n or d or c)
+    named = OWN_COLUMNS if own else {"n": n, "d": d, "c": c}
+    axes = {axis: name for axis, name in named.items() if name and not (own and axis == "c" and name not in frame)}
+    group = tuple(group) if group is not None else tuple(g for g in OWN_GROUP if own and g in frame)
+    cluster = cluster or ("trunk_id" if "trunk_id" in frame else None)
+    seed = seed or ("seed" if "seed" in frame else None)
+    wanted = [*axes.values(), *group, *filter(None, (cluster if cluster != "trunk_id" else None, se))]
+    missing = [name for name in wanted if name not in frame]
+    if missing:
+        have = ", ".join(map(str, list(frame.columns)[:12]))
+        raise InvalidTable(
+            "MISSING_COLUMN",
+            f"{source} has no column {', '.join(missing)} (it has {have}): map yours with --n, --d, --c, --group",
+        )
+    out = frame.copy().reset_index(drop=True)
+    out["_row"] = np.arange(len(out))
+    excluded: list[dict] = []
+    out = _drop_bad_axes(out, axes, excluded)
+    out = _drop_unfinished(out, excluded)
+    columns = Columns(axes.get("n"), axes.get("d"), axes.get("c"), group, cluster, seed, se)
+    if out.empty:
+        reasons = "; ".join(sorted({e["reason"] for e in excluded})[:3])
+        raise InvalidTable("NO_USABLE_ROWS", f"{source}: all {len(frame)} rows are excluded ({reasons})")
+    return Table(out, columns, source, sha, len(frame), tuple(excluded), own)
+
+
+def _exclude(frame: pd.DataFrame, mask: np.ndarray, code: str, reason: str, excluded: list[dict]) -> pd.DataFrame:
+    for _, row in frame[mask].iterrows():
+        excluded.append({"row": int(row["_row"]), "run_id": str(row.get("run_id", "")), "code": code, "reason": reason})
+    return frame[~mask]
+
+
+def _drop_bad_axes(frame: pd.DataFrame, axes: Mapping[str, str], excluded: list[dict]) -> pd.DataFrame:
+    for name in axes.values():
+        values, blank, broken = numbers(frame[name])
+        frame = frame.assign(**{name: values})
+        with np.errstate(invalid="ignore"):
+            bad = [
+                (blank, "MISSING", f"{name} is blank"),
+                (broken, "NOT_A_NUMBER", f"{name} is not a finite number"),
+                (~blank & ~broken & ~(values > 0), "NON_POSITIVE", f"{name} is not positive"),
+            ]
+        gone = np.zeros(len(frame), bool)
+        for mask, code, reason in bad:
+            _exclude(frame, mask & ~gone, code, reason, excluded)
+            gone |= mask
+        frame = frame[~gone]
+    return frame
+
+
+def _drop_unfinished(frame: pd.DataFrame, excluded: list[dict]) -> pd.DataFrame:
+    if "status" in frame:
+        status = frame["status"].fillna("").astype(str).str.strip().str.lower()
+        for state in sorted(set(status) - set(FINISHED)):
+            mask = (status == state).to_numpy()
+            frame = _exclude(frame, mask, "NOT_FINISHED", f"status is {state}", excluded)
+            status = status[~mask]
+    if "lr_decay_complete" in frame:
+        text = frame["lr_decay_complete"].astype(str).str.strip().str.lower()
+        mask = text.isin(("false", "0", "0.0", "no")).to_numpy()
+        frame = _exclude(frame, mask, "UNFINISHED_DECAY", "its learning rate had not decayed to the end", excluded)
+    return frame
