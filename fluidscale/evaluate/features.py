@@ -1,0 +1,93 @@
+"""The embedded world's feature network for the Fréchet distance: a classifier's last pooled layer.
+
+It takes the place that Inception's pool layer has in FID, for pictures of which Inception knows nothing. Its distances
+are named after it and never called FID.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fluidscale.spec import InvalidInput
+from fluidscale.tokens.image import CHUNK, load_weights, to_pixels
+from fluidscale.tokens.networks import ResidualBlock
+from fluidscale.tokens.shipped import verified
+
+
+class FeatureNetwork(nn.Module):
+    """Learns which (class, colour) pairs a scene holds and how often each class occurs; the pooled layer is the feature.
+
+    `widths` are the channels at strides 2, 4 and 8; counts are told apart up to `max_count`.
+    """
+
+    def __init__(self, widths: Sequence[int], features: int, num_classes: int, num_colors: int, max_count: int) -> None:
+        super().__init__()
+        fine, middle, coarse = widths
+        self.max_count = max_count
+        self.pooled = nn.Sequential(
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(12, fine, 3, padding=1),
+            ResidualBlock(fine),
+            nn.Conv2d(fine, middle, 2, stride=2),
+            ResidualBlock(middle, kernel=3),
+            nn.Conv2d(middle, coarse, 2, stride=2),
+            ResidualBlock(coarse, kernel=3),
+            nn.SiLU(),
+            nn.Conv2d(coarse, features, 1),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.pairs = nn.Linear(features, num_classes * (num_colors + 1))
+        self.counts = nn.Linear(features, num_classes * (max_count + 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, R, R) in [-1, 1] -> (B, features)."""
+        return self.pooled(pixels)
+
+    def loss(self, pixels: Tensor, pairs: Tensor) -> Tensor:
+        """Cross-entropy over all questions; pairs int64 (B, K, C + 1): objects of each class and colour in the scene."""
+        features = self(pixels)
+        presence = F.binary_cross_entropy_with_logits(self.pairs(features), (pairs > 0).flatten(1).float())
+        counts = self.counts(features).view(-1, self.max_count + 1)
+        return presence + F.cross_entropy(counts, pairs.sum(2).clamp(max=self.max_count).flatten())
+
+    def accuracy(self, pixels: Tensor, pairs: Tensor) -> float:
+        """The share of scenes in which every (class, colour) pair is told right."""
+        right = (self.pairs(self(pixels)) > 0) == (pairs > 0).flatten(1)
+        return right.all(dim=1).float().mean().item()
+
+
+class IconFeatures:
+    """uint8 (B, H, W, 3) -> float32 (B, F); `sha256` names the weights."""
+
+    def __init__(self, network: FeatureNetwork, card: dict[str, Any], device: torch.device | str = "cpu") -> None:
+        self.network = network.to(device).eval().requires_grad_(False)
+        self.device = torch.device(device)
+        self.name: str = card["name"]
+        self.sha256: str = card["sha256"]
+        self.width: int = card["network"]["features"]
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """The features of any number of images, in passes of bounded memory."""
+        parts = [np.zeros((0, self.width), np.float32)]
+        for start in range(0, len(images), CHUNK):
+            parts.append(self.network(to_pixels(images[start : start + CHUNK], self.device)).cpu().numpy())
+        return np.concatenate(parts)
+
+
+def load_features(name_or_path: str, device: torch.device | str = "cpu") -> IconFeatures:
+    """A shipped feature network by name, or a user's by path, hash-checked. Raises InvalidInput as the others do."""
+    data, card = verified(name_or_path)
+    if card.get("kind") != "features":
+        raise InvalidInput(f"{name_or_path}: its card says {card.get('kind')!r}, which is not a feature network")
+    network = FeatureNetwork(**card["network"], num_classes=len(card["classes"]), num_colors=len(card["colors"]))
+    load_weights(network, data)
+    return IconFeatures(network, card, device)

@@ -1,0 +1,173 @@
+"""Images to tokens and back, behind one protocol, so that models and data never know which tokenizer is in use.
+
+Images are numpy uint8 (B, H, W, 3), as the world draws them and PNG files hold them; tokens are tensors, as models use
+them. Inside, pixels are scaled to [-1, 1] (0 -> -1, 255 -> 1); decoded pixels are clamped there and rounded.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+
+from fluidscale.spec import InvalidInput
+from fluidscale.tokens.networks import FACTOR, KLAutoencoder, VQAutoencoder
+from fluidscale.tokens.shipped import verified
+
+# Images per pass through a network: bounds the memory of a call, whatever its size.
+CHUNK = 256
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What data and evaluation need of a tokenizer. `grid` is tokens per side, so L = grid * grid."""
+
+    kind: str  # continuous | discrete
+    grid: int
+    channels: int  # of one token; discrete: 0
+    vocab_size: int  # continuous: 0
+    sha256: str
+
+    def encode(self, images: np.ndarray) -> Tensor:
+        """uint8 (B, H, W, 3) -> int64 codes (B, L), or float32 moments (B, L, 2 C): z-scored mean, then deviation."""
+        ...
+
+    def sample(self, moments: Tensor, rng: torch.Generator) -> Tensor:
+        """Moments (B, L, 2 C) -> a draw (B, L, C); codes are returned as they are."""
+        ...
+
+    def decode(self, tokens: Tensor) -> np.ndarray:
+        """Codes (B, L) or z-scored latents (B, L, C) -> uint8 (B, H, W, 3)."""
+        ...
+
+
+class KLTokenizer:
+    """The KL autoencoder's continuous tokens, z-scored per channel so that a diffusion head sees unit variance."""
+
+    kind = "continuous"
+    vocab_size = 0
+
+    def __init__(self, network: KLAutoencoder, card: dict[str, Any], device: torch.device) -> None:
+        self.network, self.device = network, device
+        self.resolution, self.grid, self.channels = card["resolution"], card["grid"], card["channels"]
+        self.sha256 = card["sha256"]
+
+    @torch.inference_mode()
+    def encode(self, images: np.ndarray) -> Tensor:
+        return torch.cat([self._moments(part) for part in _chunks(images, self.resolution)])
+
+    def _moments(self, images: np.ndarray) -> Tensor:
+        mean, std = self.network.moments(to_pixels(images, self.device))
+        shift, scale = self.network.shift[:, None, None], self.network.scale[:, None, None]
+        return torch.cat(((mean - shift) / scale, std / scale), dim=1).flatten(2).transpose(1, 2).cpu()
+
+    def sample(self, moments: Tensor, rng: torch.Generator) -> Tensor:
+        mean, std = moments.chunk(2, dim=-1)
+        return mean + std * torch.randn(std.shape, generator=rng, device=rng.device).to(std)
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor) -> np.ndarray:
+        if tokens.ndim != 3 or tokens.shape[1:] != (self.grid**2, self.channels):
+            raise InvalidInput(f"expected latents (B, {self.grid**2}, {self.channels}), got {tuple(tokens.shape)}")
+        images = []
+        for part in tokens.split(CHUNK):
+            latents = part.to(self.device, torch.float32) * self.network.scale + self.network.shift
+            maps = latents.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+            images.append(to_images(self.network.decoder(maps)))
+        return np.concatenate(images)
+
+
+class VQTokenizer:
+    """The vector-quantised autoencoder's codes."""
+
+    kind = "discrete"
+    channels = 0
+
+    def __init__(self, network: VQAutoencoder, card: dict[str, Any], device: torch.device) -> None:
+        self.network, self.device = network, device
+        self.resolution, self.grid, self.vocab_size = card["resolution"], card["grid"], card["vocab_size"]
+        self.sha256 = card["sha256"]
+
+    @torch.inference_mode()
+    def encode(self, images: np.ndarray) -> Tensor:
+        codes = []
+        for part in _chunks(images, self.resolution):
+            latents = self.network.encoder(to_pixels(part, self.device)).flatten(2).transpose(1, 2)
+            codes.append(self.network.codes(latents.flatten(0, 1)).view(len(part), -1).cpu())
+        return torch.cat(codes)
+
+    def sample(self, moments: Tensor, rng: torch.Generator) -> Tensor:
+        return moments
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor) -> np.ndarray:
+        if tokens.ndim != 2 or tokens.shape[1] != self.grid**2 or tokens.is_floating_point():
+            raise InvalidInput(f"expected codes (B, {self.grid**2}), got {tuple(tokens.shape)} of {tokens.dtype}")
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+            raise InvalidInput(f"codes run from 0 to {self.vocab_size - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+        images = []
+        for part in tokens.split(CHUNK):
+            maps = self.network.codebook[part.to(self.device)].transpose(1, 2).unflatten(2, (self.grid, self.grid))
+            images.append(to_images(self.network.decoder(maps)))
+        return np.concatenate(images)
+
+
+def build_network(card: dict[str, Any]) -> KLAutoencoder | VQAutoencoder:
+    """The untrained network that a tokenizer's card describes."""
+    shape = card["network"]
+    if card["kind"] == "continuous":
+        return KLAutoencoder(shape["widths"], card["channels"], shape["kl_weight"])
+    return VQAutoencoder(shape["widths"], shape["code_width"], card["vocab_size"], shape["warmup"])
+
+
+def load_tokenizer(name_or_path: str, device: torch.device | str = "cpu") -> KLTokenizer | VQTokenizer:
+    """A shipped tokenizer by name, or a user's by the path of its .safetensors (card beside it), hash-checked.
+
+    Raises InvalidInput when it is missing, damaged or no tokenizer.
+    """
+    data, card = verified(name_or_path)
+    if card.get("kind") not in ("continuous", "discrete"):
+        raise InvalidInput(f"{name_or_path}: its card says {card.get('kind')!r}, which is not a tokenizer")
+    network = build_network(card)
+    load_weights(network, data)
+    return as_tokenizer(network, card, device)
+
+
+def as_tokenizer(network: nn.Module, card: dict[str, Any], device: torch.device | str = "cpu") -> KLTokenizer | VQTokenizer:
+    """Wraps a network in eval mode on `device`; `card` needs resolution, grid, channels, vocab_size and sha256."""
+    network = network.to(device).eval().requires_grad_(False)
+    if isinstance(network, KLAutoencoder):
+        return KLTokenizer(network, card, torch.device(device))
+    if isinstance(network, VQAutoencoder):
+        return VQTokenizer(network, card, torch.device(device))
+    raise TypeError(f"{type(network).__name__} is no autoencoder")
+
+
+def load_weights(network: nn.Module, data: bytes) -> None:
+    """Fills a network from safetensors bytes, whatever precision they are stored in; computing stays float32."""
+    network.load_state_dict({key: value.float() for key, value in load_safetensors(data).items()})
+
+
+def to_pixels(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).to(device).movedim(-1, 1).float() / 127.5 - 1.0
+
+
+def to_images(pixels: Tensor) -> np.ndarray:
+    """float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), clamped and rounded."""
+    values = ((pixels.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    return np.ascontiguousarray(values.movedim(1, -1).cpu().numpy())
+
+
+def _chunks(images: np.ndarray, resolution: int) -> list[np.ndarray]:
+    if images.ndim != 4 or images.shape[1:] != (resolution, resolution, 3) or images.dtype != np.uint8:
+        raise InvalidInput(
+            f"expected uint8 images (B, {resolution}, {resolution}, 3), got {images.dtype} {tuple(images.shape)}"
+        )
+    return [images[k : k + CHUNK] for k in range(0, max(len(images), 1), CHUNK)]
+
+
+__all__ = ["FACTOR", "KLTokenizer", "Tokenizer", "VQTokenizer", "load_tokenizer"]
