@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fluidscale.spec import RunSpec
+import torch
+
+from fluidscale.spec import EvaluateSpec, RunSpec
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from fluidscale.model.build import FluidModel
     from fluidscale.tokens.image import Tokenizer
@@ -49,7 +51,8 @@ class Score:
 class Subject:
     """What is judged: a trained model with the averaged weights, in eval mode, and where it came from.
 
-    `detector` and `features` name the judges; empty means those that were trained for the run's own world.
+    `detector` and `features` name the judges; empty means those that were trained for the run's own world. `variant`
+    names a way of sampling other than the run's own: its files lie in a folder of that name and never mix.
     """
 
     model: FluidModel
@@ -60,6 +63,29 @@ class Subject:
     device: torch.device
     detector: str = ""
     features: str = ""
+    variant: str = ""
+
+    @property
+    def scores_dir(self) -> Path:
+        return self.run_dir / "eval" / self.variant
+
+    @property
+    def samples_dir(self) -> Path:
+        return self.run_dir / "samples" / self.variant
+
+    @property
+    def cache_dir(self) -> Path:
+        """What runs share: reference features, the same for every model."""
+        return self.run_dir.parent / "cache"
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Names the weights, so that a score or a picture of older ones is never taken for theirs."""
+        content = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            content.update(name.encode())
+            content.update(tensor.detach().cpu().contiguous().flatten().view(dtype=torch.uint8).numpy().tobytes())
+        return content.hexdigest()
 
     @property
     def detector_name(self) -> str:
@@ -70,12 +96,28 @@ class Subject:
         return self.features or f"{self.spec.data.name}-features"
 
 
+# (what is being done, images done, images in all)
+Progress = Callable[[str, int, int], None]
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    """A progress that nobody watches."""
+
+
 class Evaluator(Protocol):
-    """One way of judging a model. Yields each score as soon as it is known."""
+    """One way of judging a model. Yields each score as soon as it is known, that of its own name last."""
 
     name: str
 
-    def __call__(self, subject: Subject) -> Iterator[Score]: ...
+    def wanted(self, spec: EvaluateSpec) -> bool:
+        """Whether a run's spec asks for it."""
+        ...
+
+    def protocol(self, subject: Subject) -> str:
+        """How it would measure this subject, known without measuring."""
+        ...
+
+    def __call__(self, subject: Subject, progress: Progress = silent) -> Iterator[Score]: ...
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ from typing import Any
 
 from fluidscale.evaluate.protocol import Detection
 from fluidscale.spec import InvalidInput
+from fluidscale.world.captions import RELATIONS, TAGS
 
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-RELATIONS = ("left of", "right of", "above", "below")
-# evaluate_images.py: THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS, POSITION_THRESHOLD; NMS_THRESHOLD is 1.0, hence absent.
+# evaluate_images.py: THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS, POSITION_THRESHOLD (its NMS_THRESHOLD is 1.0: none).
 THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS, POSITION_THRESHOLD = 0.3, 0.9, 16, 0.1
 
 _CLAUSE_KEYS = {"include": {"class", "count", "color", "position"}, "exclude": {"class", "count"}}

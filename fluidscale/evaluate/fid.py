@@ -1,0 +1,132 @@
+"""Fréchet distance between drawn and real images, and its kin, from one pass of a feature network.
+
+Images are drawn for the captions of real scenes that were never trained on, and compared with a larger, disjoint set of
+real scenes. The distance is called after its features (FD-icons32): FID is said of Inception's alone.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from fluidscale.evaluate.distances import (
+    Moments,
+    frechet,
+    frechet_unbiased,
+    jackknife,
+    kernel_distance,
+    moments,
+    precision_recall,
+)
+from fluidscale.evaluate.features import IconFeatures, load_features
+from fluidscale.evaluate.generate import draw
+from fluidscale.evaluate.protocol import Metric, Progress, Score, Subject, protocol_id, silent
+from fluidscale.record import write_atomic
+from fluidscale.spec import EvaluateSpec, InvalidInput, canonical
+from fluidscale.world import World
+
+# Where in the stream of real scenes the captions and the reference begin: far apart, and far from validation's (0).
+CAPTIONS_START, REFERENCE_START = 1_000_000, 2_000_000
+# Real scenes in the reference: at least this many, and at least four times the drawn images.
+LEAST_REFERENCE, REFERENCE_RATIO = 4096, 4
+_SPLIT = "seen"
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class FrechetDistance:
+    """`fd` at a fixed number of images, `fd_inf` without that number's bias, `kid`, `precision`, `recall`."""
+
+    name: str = "fd"
+
+    def wanted(self, spec: EvaluateSpec) -> bool:
+        return spec.fd_images > 0
+
+    def protocol(self, subject: Subject) -> str:
+        spec = subject.spec.evaluate
+        return protocol_id(
+            f"fd-{subject.spec.data.name}-n{spec.fd_images}-g{spec.sampling.guidance_scale:g}",
+            reference=reference_id(subject, load_features(subject.features_name)),
+            captions=[_SPLIT, CAPTIONS_START, spec.fd_images],
+        )
+
+    def __call__(self, subject: Subject, progress: Progress = silent) -> Iterator[Score]:
+        protocol, n = self.protocol(subject), subject.spec.evaluate.fd_images
+        network = load_features(subject.features_name, subject.device)
+        samples = draw(subject, "captions", scene_captions(subject.world, n), progress=progress)
+        drawn = network(samples.images())
+        real = reference_features(subject, network, progress)
+        reference = moments(real)
+        unit = f"FD-{network.name.removesuffix('-features')}"
+        facts = {"features": network.name, "features_sha256": network.sha256, "reference_images": len(real)}
+
+        def score(name: str, value: float, se: float, unit: str, higher: bool) -> Score:
+            return Score(Metric(name, unit, higher), value, se, n, protocol, facts)
+
+        yield score("fd_inf", *with_error(drawn, reference, unbiased=True), unit, False)
+        yield score("kid", *kernel_distance(drawn, real), unit.replace("FD", "KID"), False)
+        precision, recall = precision_recall(drawn, real)
+        yield score("precision", precision, float(np.sqrt(precision * (1 - precision) / n)), "fraction", True)
+        yield score("recall", recall, jackknife(drawn, lambda f: precision_recall(f, real)[1], 10), "fraction", True)
+        yield score("fd", *with_error(drawn, reference), unit, False)
+
+
+def with_error(features: np.ndarray, reference: Moments, unbiased: bool = False) -> tuple[float, float]:
+    """The Fréchet distance of features (n, F) to a reference, at n or extrapolated, with its standard error."""
+
+    def distance(f: np.ndarray) -> float:
+        return frechet_unbiased(f, reference) if unbiased else frechet(moments(f), reference)
+
+    return distance(features), jackknife(features, distance)
+
+
+def scene_captions(world: World, count: int) -> list[dict[str, str]]:
+    """The captions of `count` real scenes, as prompts."""
+    return [{"prompt": scene.caption} for scene in world.describe(CAPTIONS_START, count, _SPLIT)]
+
+
+def reference_count(fd_images: int) -> int:
+    return max(LEAST_REFERENCE, REFERENCE_RATIO * fd_images)
+
+
+def reference_id(subject: Subject, network: IconFeatures) -> str:
+    """Names the reference features: which scenes, which world, which network."""
+    scenes = [_SPLIT, REFERENCE_START, reference_count(subject.spec.evaluate.fd_images)]
+    return protocol_id("reference", scenes=scenes, world=canonical(subject.spec.data.world), network=network.sha256)
+
+
+def reference_features(subject: Subject, network: IconFeatures, progress: Progress = silent) -> np.ndarray:
+    """Features (m, F) of the real reference scenes, computed once for all runs of a folder.
+
+    Runs that need them at the same moment compute the same numbers, and the last rename wins: none reads half a file.
+    """
+    path = subject.cache_dir / f"{reference_id(subject, network)}.npy"
+    count = reference_count(subject.spec.evaluate.fd_images)
+    if path.exists():
+        try:
+            features = np.load(path, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise InvalidInput(f"{path}: damaged reference features ({error}); delete the file") from error
+        if features.shape != (count, network.width):
+            raise InvalidInput(f"{path}: {features.shape}, expected {(count, network.width)}; delete the file")
+        return features
+    features = scene_features(subject.world, network, REFERENCE_START, count, progress)
+    content = io.BytesIO()
+    np.save(content, features)
+    write_atomic(path, content.getvalue())
+    return features
+
+
+def scene_features(
+    world: World, network: IconFeatures, start: int, count: int, progress: Progress = silent
+) -> np.ndarray:
+    """Features (count, F) of real scenes, rendered and forgotten batch by batch."""
+    parts = []
+    for first in range(start, start + count, _BATCH):
+        images, _, _ = world.scenes(first, min(_BATCH, start + count - first), _SPLIT)
+        parts.append(network(images))
+        progress("reference", first + len(images) - start, count)
+    return np.concatenate(parts)

@@ -1,0 +1,133 @@
+"""The images of a prompt set, drawn once into a folder; every metric is computed from the folder.
+
+    samples/<set>-<id>/prompts.jsonl    a line an image: file, prompt, seed, and the prompt's own facts
+                       000000.png ..    as drawn, uint8, never JPEG
+                       grid.png         a contact sheet for people
+
+The id names prompts, sampling, seeds and weights, so a folder can only hold what it says. An image depends on its
+prompt and its seed alone: an interrupted drawing continues with what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from fluidscale.evaluate.grid import contact_sheet
+from fluidscale.evaluate.protocol import Progress, Subject, protocol_id, silent
+from fluidscale.model.generator import generate
+from fluidscale.model.transformer import Text
+from fluidscale.record import write_atomic
+from fluidscale.spec import InvalidInput, canonical
+from fluidscale.world import World
+
+# Tokens drawn in one batch: bounds memory; what is drawn does not depend on it.
+_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A folder of drawn images; `rows` are the lines of its prompts.jsonl, an image each."""
+
+    folder: Path
+    rows: tuple[dict[str, Any], ...]
+
+    def images(self) -> np.ndarray:
+        """uint8 (n, H, W, 3). Raises InvalidInput when an image is missing, unreadable or of another size."""
+        missing = [row["file"] for row in self.rows if not (self.folder / row["file"]).exists()]
+        if missing:
+            raise InvalidInput(
+                f"{self.folder}: {len(missing)} of {len(self.rows)} images are missing, first {missing[0]}; "
+                "a score of fewer would be another score: evaluate again to draw them"
+            )
+        images = [_read_image(self.folder / row["file"]) for row in self.rows]
+        for row, image in zip(self.rows, images, strict=True):
+            if image.shape != images[0].shape:
+                raise InvalidInput(f"{self.folder / row['file']}: {image.shape[:2]}, the others {images[0].shape[:2]}")
+        return np.stack(images)
+
+
+def draw(
+    subject: Subject,
+    name: str,
+    prompts: Sequence[Mapping[str, Any]],
+    progress: Progress = silent,
+) -> Samples:
+    """Draws what is missing of one image per entry of `prompts` (mappings with the text under `prompt`)."""
+    rows = _rows(prompts)
+    sampling = canonical(subject.spec.evaluate.sampling)
+    folder = subject.samples_dir / protocol_id(name, rows=rows, sampling=sampling, weights=subject.weights_sha256)
+    samples = Samples(folder, rows)
+    missing = [row for row in rows if not (folder / row["file"]).exists()]
+    if missing:
+        write_atomic(folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        _draw(subject, folder, missing, len(rows), progress)
+    if not (folder / "grid.png").exists():
+        write_atomic(folder / "grid.png", contact_sheet(*_showcase(samples)))
+    return samples
+
+
+def encode_text(world: World, captions: Sequence[str], device: torch.device | str = "cpu") -> Text:
+    """Captions as the model reads them. Raises InvalidInput on a word that the world does not know."""
+    words = torch.stack([torch.as_tensor(world.encode(caption)) for caption in captions]).to(device)
+    return Text(words, words > 0)
+
+
+def image_seed(prompt: str, index: int) -> int:
+    """The seed of a prompt's image: the same for every model, and unmoved by the other prompts of the set."""
+    return int.from_bytes(hashlib.sha256(f"{index}:{prompt}".encode()).digest()[:6], "big")
+
+
+def _rows(prompts: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+    images: Counter[str] = Counter()  # how many a text has so far: a repeated one gets fresh seeds
+    rows: list[dict[str, Any]] = []
+    for prompt in prompts:
+        text = prompt["prompt"]
+        rows.append({"file": f"{len(rows):06d}.png", "seed": image_seed(text, images[text]), **prompt})
+        images[text] += 1
+    return tuple(rows)
+
+
+def _draw(subject: Subject, folder: Path, rows: list[dict[str, Any]], total: int, progress: Progress) -> None:
+    batch = max(1, _BATCH_TOKENS // subject.spec.model.num_tokens)
+    done = total - len(rows)
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        text = encode_text(subject.world, [row["prompt"] for row in part], subject.device)
+        tokens = generate(subject.model, text, subject.spec.evaluate.sampling, [row["seed"] for row in part])
+        for row, image in zip(part, subject.tokenizer.decode(tokens), strict=True):
+            _write_image(folder / row["file"], image)
+        done += len(part)
+        progress("drawing", done, total)
+
+
+def _write_image(path: Path, image: np.ndarray) -> None:
+    # Renamed into place but not flushed to disk one by one: a lost image is drawn again, at less than its flush costs.
+    temporary = path.with_suffix(".tmp")
+    Image.fromarray(image).save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def _read_image(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise InvalidInput(f"{path}: not a readable PNG; delete it and evaluate again to draw it anew") from error
+
+
+def _showcase(samples: Samples, count: int = 24) -> tuple[list[np.ndarray], list[str]]:
+    """Images and captions for the contact sheet, spread evenly over the prompts."""
+    picked = np.unique(np.linspace(0, len(samples.rows) - 1, min(count, len(samples.rows))).round().astype(int))
+    rows = [samples.rows[k] for k in picked]
+    return [_read_image(samples.folder / row["file"]) for row in rows], [row["prompt"] for row in rows]

@@ -1,0 +1,193 @@
+"""The GenEval-protocol score: draw every prompt, detect, judge by `rules`, and say how sure the score is.
+
+Two standard errors, because they answer two questions. Of the seeds: how far would the score move if the same prompts
+were drawn again? Of the prompts (the one to fit with): how far if other prompts of the same kind had been asked?
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fluidscale.evaluate.detect import load_detector
+from fluidscale.evaluate.generate import Samples, draw
+from fluidscale.evaluate.protocol import (
+    Detection,
+    Detector,
+    Metric,
+    Progress,
+    Score,
+    Subject,
+    protocol_id,
+    silent,
+)
+from fluidscale.evaluate.rules import Verdict, check_prompts, judge
+from fluidscale.record import write_atomic
+from fluidscale.spec import EvaluateSpec, canonical
+from fluidscale.world.captions import TAGS
+from fluidscale.world.prompts import PROTOCOL
+
+# Images detected in one call: a step of the progress shown.
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of correct images with the standard errors of its prompts and of its seeds; `se_seed` may be NaN."""
+
+    value: float
+    se: float
+    se_seed: float
+    prompts: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The score and its parts by tag; only tags that have prompts."""
+
+    overall: Rate
+    tags: dict[str, Rate]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"se_seed": self.overall.se_seed, "tags": {tag: vars(rate) for tag, rate in self.tags.items()}}
+
+
+def summarise(correct: Sequence[np.ndarray], tags: Sequence[str]) -> Summary:
+    """From one boolean array per prompt (its images) and the prompt's tag. Overall = unweighted mean of the tags.
+
+    Errors add in quadrature over tags, which share neither prompts nor seeds. With one image a prompt the error of the
+    seeds cannot be told and is NaN; with one prompt of a tag neither can that of the prompts.
+    """
+    by_tag = {tag: [c for c, t in zip(correct, tags, strict=True) if t == tag] for tag in TAGS}
+    rates = {tag: _rate(members) for tag, members in by_tag.items() if members}
+
+    def combined(errors: list[float]) -> float:
+        return math.sqrt(sum(e**2 for e in errors)) / len(errors)
+
+    parts = list(rates.values())
+    overall = Rate(
+        value=float(np.mean([r.value for r in parts])),
+        se=combined([r.se for r in parts]),
+        se_seed=combined([r.se_seed for r in parts]),
+        prompts=sum(r.prompts for r in parts),
+        images=sum(r.images for r in parts),
+    )
+    return Summary(overall, rates)
+
+
+def judge_images(
+    images: np.ndarray,
+    prompts: Sequence[Mapping[str, Any]],
+    detector: Detector,
+    progress: Progress = silent,
+    color_of: Callable[[Detection], str] | None = None,
+) -> list[Verdict]:
+    """One verdict per image uint8 (n, H, W, 3) against the prompt beside it. Raises InvalidInput on an unfit prompt."""
+    check_prompts(prompts, detector.classes, detector.colors)
+    verdicts: list[Verdict] = []
+    for start in range(0, len(images), _BATCH):
+        for detections in detector.detect(images[start : start + _BATCH]):
+            prompt = prompts[len(verdicts)]
+            verdicts.append(judge(detections, prompt, color_of) if color_of else judge(detections, prompt))
+        progress("judging", len(verdicts), len(images))
+    return verdicts
+
+
+def grouped(verdicts: Sequence[Verdict], prompts: Sequence[Mapping[str, Any]]) -> Summary:
+    """Summary of verdicts whose images come from `prompts`; images of one prompt text and tag are one group."""
+    groups: dict[tuple[str, str], list[bool]] = {}
+    for verdict, prompt in zip(verdicts, prompts, strict=True):
+        groups.setdefault((prompt["tag"], prompt["prompt"]), []).append(verdict.correct)
+    return summarise([np.array(c) for c in groups.values()], [tag for tag, _ in groups])
+
+
+@dataclass(frozen=True)
+class GenEval:
+    """`geneval` and `geneval_<tag>` on combinations seen in training, `geneval_unseen` on those held out of it."""
+
+    name: str = "geneval"
+
+    def wanted(self, spec: EvaluateSpec) -> bool:
+        return spec.geneval_images_per_prompt > 0
+
+    def protocol(self, subject: Subject) -> str:
+        spec = subject.spec.evaluate
+        detector = load_detector(subject.detector_name)
+        return protocol_id(
+            f"geneval-{subject.spec.data.name}-x{spec.geneval_images_per_prompt}-g{spec.sampling.guidance_scale:g}",
+            detector=detector.sha256,
+            prompts=[repeated(subject.world.prompts(s), spec.geneval_images_per_prompt) for s in ("seen", "unseen")],
+            world=canonical(subject.spec.data.world),
+        )
+
+    def __call__(self, subject: Subject, progress: Progress = silent) -> Iterator[Score]:
+        protocol = self.protocol(subject)
+        detector = load_detector(subject.detector_name, subject.device)
+        facts = {"detector": detector.name, "detector_sha256": detector.sha256}
+        seen = self._summary(subject, "seen", detector, progress)
+        unseen = self._summary(subject, "unseen", detector, progress)
+        if unseen:
+            same = [rate.value for tag, rate in seen.tags.items() if tag in unseen.tags] if seen else []
+            extra = {**facts, **unseen.as_json(), "seen_same_tags": float(np.mean(same)) if same else None}
+            yield _score("geneval_unseen", unseen.overall, protocol, extra)
+        if not seen:
+            return
+        for tag, rate in seen.tags.items():
+            yield _score(f"geneval_{tag}", rate, protocol, {**facts, "se_seed": rate.se_seed, "prompts": rate.prompts})
+        yield _score("geneval", seen.overall, protocol, {**facts, **seen.as_json(), "prompts": seen.overall.prompts})
+
+    def _summary(self, subject: Subject, split: str, detector: Detector, progress: Progress) -> Summary | None:
+        """Draws and judges one split's prompts; None when the world has none of it."""
+        prompts = repeated(subject.world.prompts(split), subject.spec.evaluate.geneval_images_per_prompt)
+        if not prompts:
+            return None
+        # Before anything is drawn: a prompt that cannot be judged would waste the drawing.
+        check_prompts(prompts, detector.classes, detector.colors)
+        samples = draw(subject, split, prompts, progress)
+        if split == "seen":
+            write_atomic(subject.samples_dir / "grid.png", (samples.folder / "grid.png").read_bytes())
+        verdicts = judge_images(samples.images(), samples.rows, detector, progress)
+        write_results(samples, verdicts)
+        return grouped(verdicts, samples.rows)
+
+
+def repeated(prompts: Sequence[Mapping[str, Any]], images_per_prompt: int) -> list[Mapping[str, Any]]:
+    """One entry per image. A tag with fewer prompts than GenEval's own file gets as many times more images of each."""
+    prompts_of = Counter(prompt["tag"] for prompt in prompts)
+    times = {tag: images_per_prompt * max(1, PROTOCOL[tag] // n) for tag, n in prompts_of.items()}
+    return [prompt for prompt in prompts for _ in range(times[prompt["tag"]])]
+
+
+def write_results(samples: Samples, verdicts: Sequence[Verdict]) -> None:
+    """results.jsonl beside the images, in the official layout: metadata and boxes are JSON inside the JSON."""
+    lines = []
+    for row, verdict in zip(samples.rows, verdicts, strict=True):
+        metadata = {key: row[key] for key in ("tag", "include", "exclude", "prompt") if key in row}
+        boxes = {cls: [[*d.box, d.score] for d in found] for cls, found in verdict.found.items()}
+        line = {"filename": row["file"], "tag": row["tag"], "prompt": row["prompt"], "correct": verdict.correct}
+        line |= {"reason": verdict.reason, "metadata": json.dumps(metadata), "details": json.dumps(boxes)}
+        lines.append(json.dumps(line) + "\n")
+    write_atomic(samples.folder / "results.jsonl", "".join(lines))
+
+
+def _rate(correct: Sequence[np.ndarray]) -> Rate:
+    """The mean over prompts of each prompt's share, with its errors. Raises ValueError when image counts differ."""
+    counts = {len(c) for c in correct}
+    if len(counts) != 1:
+        raise ValueError(f"every prompt of a tag needs the same number of images, got {sorted(counts)}")
+    table = np.stack(correct).astype(float)
+    (n, k), shares = table.shape, table.mean(axis=1)
+    se = float(shares.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    within = float(table.var(axis=1, ddof=1).mean()) / (k * n) if k > 1 else math.nan
+    return Rate(float(shares.mean()), se, math.sqrt(within), n, k * n)
+
+
+def _score(name: str, rate: Rate, protocol: str, extra: dict[str, Any]) -> Score:
+    return Score(Metric(name, "fraction", True), rate.value, rate.se, rate.images, protocol, extra)

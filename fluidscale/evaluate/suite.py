@@ -1,0 +1,91 @@
+"""The evaluations of a run, in the order in which they are of use, each kept as a file as soon as it is known."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from fluidscale.evaluate.fid import FrechetDistance
+from fluidscale.evaluate.geneval import GenEval
+from fluidscale.evaluate.loss import ValidationLikelihood, ValidationLoss
+from fluidscale.evaluate.protocol import Evaluator, Metric, Progress, Score, Subject, silent
+from fluidscale.record import read_json, write_json
+from fluidscale.spec import InvalidInput
+
+EVALUATORS: tuple[Evaluator, ...] = (ValidationLoss(), ValidationLikelihood(), GenEval(), FrechetDistance())
+
+
+def evaluate(subject: Subject, which: Collection[str] | None = None, progress: Progress = silent) -> Iterator[Score]:
+    """Runs what the run's spec asks for (or those of `which` alone) and writes eval/<metric>.json as scores come.
+
+    Scores of the same weights under the same protocol are read back, not measured again. Raises InvalidInput on a
+    name that no evaluator has, or one that the spec gives no images.
+    """
+    for evaluator in chosen(subject, which):
+        known = list(_stored(evaluator, subject))
+        if known:
+            yield from known
+            continue
+        companions: list[str] = []
+        for score in evaluator(subject, progress):
+            # The evaluator's own score comes last and names the others: it stands only when all of them do.
+            own = score.metric.name == evaluator.name
+            write_json(_path(subject, score.metric.name), _as_json(score, subject, companions if own else []))
+            companions.append(score.metric.name)
+            yield score
+
+
+def chosen(subject: Subject, which: Collection[str] | None) -> list[Evaluator]:
+    """The evaluators named, or all that the spec gives images to."""
+    wanted = {e.name: e for e in EVALUATORS if e.wanted(subject.spec.evaluate)}
+    for name in which or ():
+        if name not in wanted:
+            known = ", ".join(e.name for e in EVALUATORS)
+            reason = "its image count is 0 in the run's spec" if name in known.split(", ") else f"known: {known}"
+            raise InvalidInput(f"cannot evaluate {name!r}: {reason}")
+    return [e for name, e in wanted.items() if which is None or name in which]
+
+
+def _stored(evaluator: Evaluator, subject: Subject) -> Iterator[Score]:
+    """The scores of an earlier evaluation with the same weights and protocol; none when there was none."""
+    own = _read(_path(subject, evaluator.name))
+    if own is None or own["weights"] != subject.weights_sha256 or own["protocol"] != evaluator.protocol(subject):
+        return
+    for name in own["companions"]:
+        companion = _read(_path(subject, name))
+        if companion is not None:
+            yield _from_json(companion)
+    yield _from_json(own)
+
+
+def _path(subject: Subject, metric: str) -> Path:
+    return subject.scores_dir / f"{metric}.json"
+
+
+def _as_json(score: Score, subject: Subject, companions: list[str]) -> dict[str, Any]:
+    return {
+        "metric": score.metric.name,
+        "unit": score.metric.unit,
+        "higher_is_better": score.metric.higher_is_better,
+        "value": score.value,
+        "se": score.se,
+        "n": score.n,
+        "protocol": score.protocol,
+        "weights": subject.weights_sha256,
+        "companions": companions,
+        "extra": score.extra,
+    }
+
+
+def _from_json(content: dict[str, Any]) -> Score:
+    metric = Metric(content["metric"], content["unit"], content["higher_is_better"])
+    se = float("nan") if content["se"] is None else content["se"]
+    return Score(metric, content["value"], se, content["n"], content["protocol"], content["extra"])
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    content = read_json(path)
+    if content is not None and not {"metric", "weights", "protocol", "companions"} <= set(content):
+        raise InvalidInput(f"{path}: not a score of this program; move it away to evaluate again")
+    return content
