@@ -1,0 +1,106 @@
+"""Run folders to one results table. Nothing is dropped in silence: what is missing is named with its reason."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fluidscale.folder import RunFolder
+from fluidscale.record import varying, write_atomic
+from fluidscale.spec import InvalidInput, RunSpec
+from fluidscale.sweep import Sweep
+from slurm.status import FINISHED, RunState
+
+# The table opens with what identifies a run and closes with what it cost; metrics and varied keys lie between.
+_FIRST = ("run_id", "trunk_id", "branch_step", "sweep")
+_LAST = ("gpu_hours", "tokens_per_s", "mfu", "status", "git_rev", "versions", "finished_at")
+# Which drawn prompt set a report shows, best first.
+_SHOWN = ("geneval-seen", "geneval", "fd", "")
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The table that was written, and the runs that are not in it."""
+
+    table: Path
+    rows: int
+    missing: tuple[tuple[str, str], ...]  # run id, reason
+    vanished: tuple[str, ...]  # run ids of the table that was there before
+
+
+def collect(sweep: Sweep, states: Iterable[RunState], runs_dir: Path, results: Path) -> Collected:
+    """Writes runs.csv, sweep.yaml and samples/ into results/<sweep> (a filtered sweep: its folder partial/).
+
+    Raises InvalidInput when no run is finished.
+    """
+    states = list(states)
+    out = results / sweep.name / "partial" if sweep.partial else results / sweep.name
+    finished = [state.planned.spec for state in states if state.state in FINISHED]
+    if not finished:
+        raise InvalidInput(f"{runs_dir}: no finished run of {sweep.name} yet; start it: make sweep SWEEP={sweep.name}")
+    varied = varying(sweep.runs)
+    rows = [_row(spec, sweep.name, runs_dir, varied[spec.id]) for spec in finished]
+    table = out / "runs.csv"
+    before = _run_ids(table)
+    write_atomic(table, _csv(rows))
+    write_atomic(out / "sweep.yaml", sweep.text)
+    _copy_samples(finished, runs_dir, out / "samples")
+    ids = {spec.id for spec in finished}
+    return Collected(
+        table=table,
+        rows=len(rows),
+        missing=tuple(
+            (state.planned.spec.id, state.state + (f": {state.error}" if state.error else ""))
+            for state in states
+            if state.state not in FINISHED
+        ),
+        vanished=tuple(run_id for run_id in before if run_id not in ids),
+    )
+
+
+def _row(spec: RunSpec, sweep: str, runs_dir: Path, varied: dict[str, Any]) -> dict[str, Any]:
+    record = RunFolder(runs_dir / spec.id).record
+    assert record is not None
+    return {**record, "sweep": sweep, **{key: value for key, value in varied.items() if key not in record}}
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    # Objects, so that an integer column with a gap stays integers and floats keep every digit.
+    table = pd.DataFrame(rows, dtype=object)
+    middle = [name for name in table.columns if name not in (*_FIRST, *_LAST)]
+    return table.reindex(columns=[*_FIRST, *middle, *_LAST]).to_csv(index=False)
+
+
+def _run_ids(table: Path) -> list[str]:
+    if not table.exists():
+        return []
+    try:
+        return [str(run_id) for run_id in pd.read_csv(table, usecols=["run_id"])["run_id"]]
+    except ValueError as error:
+        raise InvalidInput(f"{table}: not a results table ({error}); move it away") from error
+
+
+def _copy_samples(specs: list[RunSpec], runs_dir: Path, out: Path) -> None:
+    """One contact sheet an arm and size: of its largest data size and first seed."""
+    shown: dict[tuple[str, str], RunSpec] = {}
+    for spec in sorted(specs, key=lambda spec: (-spec.images, spec.seed)):
+        shown.setdefault((spec.arm, spec.size), spec)
+    for (arm, size), spec in shown.items():
+        grid = _grid(runs_dir / spec.id / "samples")
+        if grid is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(grid, out / f"{arm}-{size}.png")
+
+
+def _grid(samples: Path) -> Path | None:
+    grids = sorted(samples.glob("*/grid.png"))
+    for prefix in _SHOWN:
+        for grid in grids:
+            if grid.parent.name.startswith(prefix):
+                return grid
+    return None

@@ -1,0 +1,228 @@
+"""Plan, run, watch and collect a sweep.
+
+    python -m slurm.launch plan local                         what would run and what it would cost; spends nothing
+    python -m slurm.launch submit local --size 45K,90K        train, evaluate, collect and fit what is missing of it
+    python -m slurm.launch submit local --cluster slurm       the same on a SLURM cluster: submits and returns
+    python -m slurm.launch status local --watch               one table of all runs
+    python -m slurm.launch cancel local                       stop its workers; what they reached is kept
+    python -m slurm.launch collect local                      finished runs to results/local/runs.csv
+
+A sweep is a name (sweeps/NAME.yaml) or a path. Ctrl-C stops cleanly and the same command continues; so does a launch
+after any other death, a second launch beside the first shares the work, and finished runs are never trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from fluidscale.folder import RunFolder
+from fluidscale.spec import InvalidInput
+from fluidscale.sweep import load_sweep
+from slurm import claim, collect, layout, plan, status
+from slurm.live import Bars, PlainLines
+from slurm.placement import CLUSTERS, choose
+
+if TYPE_CHECKING:
+    from slurm.local import Workers
+
+FIT_LAWS = Path(__file__).resolve().parent.parent / "analysis" / "fit_laws.py"
+_WATCH_SECONDS = 2.0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m slurm.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("plan", "submit", "status", "cancel", "collect"))
+    parser.add_argument("sweep", metavar="SWEEP", help="a name of sweeps/, or the path of a sweep's YAML file")
+    parser.add_argument("--size", default="all", help="sizes to keep, with commas between (166M,369M); default: all")
+    parser.add_argument("--arm", default="all", help="arms to keep (continuous-random,discrete-raster); default: all")
+    parser.add_argument("--cluster", choices=CLUSTERS, default="local", help="local: this machine; debug: this process")
+    parser.add_argument("--profile", help="row of slurm/resources.yaml; default: what this machine has (GPU, then CPU)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="run folders; default: runs")
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+    parser.add_argument("--max-hours", type=float, metavar="H", help="refuse a plan that takes longer than this")
+    parser.add_argument("--retry-failed", action="store_true", help="submit: try runs again that failed")
+    parser.add_argument("--watch", action="store_true", help="status: repeat until all runs are over")
+    parser.add_argument("--json", action="store_true", help="plan, status: for programs")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    commands = {"plan": _plan, "submit": _submit, "status": _status, "cancel": _cancel, "collect": _collect}
+    try:
+        return commands[arguments.command](arguments, _console())
+    except InvalidInput as error:
+        print(error, file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _console() -> Console:
+    # Into a pipe or file a table keeps its full width instead of being cut to 80 columns.
+    return Console() if sys.stdout.isatty() else Console(width=240)
+
+
+def _load(arguments: argparse.Namespace) -> plan.Plan:
+    sweep = load_sweep(arguments.sweep, arguments.size.split(","), arguments.arm.split(","))
+    return plan.make_plan(sweep, choose(arguments.cluster, arguments.profile))
+
+
+def _plan(arguments: argparse.Namespace, console: Console) -> int:
+    planned = _load(arguments)
+    plan.check_budget(planned, arguments.max_hours)
+    if arguments.json:
+        print(json.dumps({"runs": plan.as_rows(planned)}, indent=1))
+        return 0
+    console.print(plan.as_table(planned))
+    console.print(plan.totals(planned), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _status(arguments: argparse.Namespace, console: Console) -> int:
+    planned = _load(arguments)
+    if arguments.json:
+        states = status.read_states(planned, arguments.runs)
+        print(json.dumps({"runs": status.as_rows(states, plan.as_rows(planned))}, indent=1))
+        return 0
+    if not arguments.watch:
+        console.print(status.as_table(status.read_states(planned, arguments.runs), planned.sweep.name))
+        return 0
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            states = status.read_states(planned, arguments.runs)
+            hint = Text("Ctrl-C ends the watching, not the runs", style="dim")
+            live.update(Group(status.as_table(states, planned.sweep.name), hint), refresh=True)
+            if all(state.state in status.OVER for state in states):
+                return 0
+            try:
+                time.sleep(_WATCH_SECONDS)
+            except KeyboardInterrupt:
+                return 0
+
+
+def _cancel(arguments: argparse.Namespace, console: Console) -> int:
+    from slurm.local import cancel
+
+    name = load_sweep(arguments.sweep).name
+    stopped = cancel(arguments.runs, name)
+    console.print(f"{name}: {stopped} processes stopped" if stopped else f"{name}: nothing was running here")
+    return 0
+
+
+def _collect(arguments: argparse.Namespace, console: Console) -> int:
+    planned = _load(arguments)
+    states = status.read_states(planned, arguments.runs)
+    _tell(collect.collect(planned.sweep, states, arguments.runs, arguments.results), console)
+    return 0
+
+
+def _tell(collected: collect.Collected, console: Console) -> None:
+    for run_id, reason in collected.missing:
+        console.print(f"not in the table: {run_id} ({reason})", highlight=False, markup=False, soft_wrap=True)
+    for run_id in collected.vanished:
+        console.print(f"no longer in the table: {run_id} (not a finished run of this sweep here)", soft_wrap=True)
+    console.print(f"{collected.rows} runs in {collected.table}", highlight=False, soft_wrap=True)
+
+
+def _submit(arguments: argparse.Namespace, console: Console) -> int:
+    planned = _load(arguments)
+    runs_dir = arguments.runs.resolve()
+    plan.check_budget(planned, arguments.max_hours)
+    missing = [run for run in planned.runs if RunFolder(runs_dir / run.spec.id).record is None]
+    plan.check_folder(runs_dir, sum(run.cost.disk_gb for run in missing))
+    plan.check_folder(arguments.results, 0)
+    console.print(plan.totals(planned), highlight=False, soft_wrap=True)
+    if len(missing) < len(planned.runs):
+        console.print(f"{len(planned.runs) - len(missing)} of {len(planned.runs)} runs are finished already")
+    if missing and (code := _train(planned, runs_dir, arguments, console)) is not None:
+        return code
+    return _conclude(planned, runs_dir, arguments, console)
+
+
+def _train(planned: plan.Plan, runs_dir: Path, arguments: argparse.Namespace, console: Console) -> int | None:
+    """Trains what is missing; an exit code when the sweep is not to be concluded now."""
+    from slurm import local
+
+    launch_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+    held = claim.take(layout.launch(runs_dir, launch_id), local.launch_facts(planned.sweep.name))
+    assert held is not None
+    try:
+        queue = local.prepare(planned, runs_dir, launch_id, arguments.retry_failed)
+        if arguments.cluster != "local":
+            from slurm.array import submit
+
+            jobs = submit(queue, list(queue.trunks), planned.machine.profile, arguments.cluster)
+            if arguments.cluster == "debug":
+                return None
+            console.print(f"submitted {len(jobs)} tasks: {jobs[0]} .. {jobs[-1]}; make status SWEEP={arguments.sweep}")
+            return 0
+        return _supervise(planned, local.Workers(planned.machine, queue), console)
+    finally:
+        held.release()
+
+
+def _supervise(planned: plan.Plan, workers: Workers, console: Console) -> int | None:
+    from slurm import local
+
+    number = planned.machine.workers
+    view = Bars(number, console) if console.is_terminal else PlainLines(number, lambda line: print(line, flush=True))
+    with local.catching_signals() as stop:
+        try:
+            with view as show:
+                states = local.supervise(planned, workers, stop, show)
+        except local.WorkersFail as error:
+            print(error, file=sys.stderr)
+            return 1
+        if stop.times:
+            console.print(f"stopped: {status.tally(states)}. The same command continues from the last checkpoints.")
+            return 128 + stop.signum
+    return None
+
+
+def _conclude(planned: plan.Plan, runs_dir: Path, arguments: argparse.Namespace, console: Console) -> int:
+    """Collects, fits and reports; 1 when a run failed or the fit did."""
+    states = status.read_states(planned, runs_dir)
+    failed = [state for state in states if state.state not in status.FINISHED]
+    code = 1 if failed else 0
+    try:
+        collected = collect.collect(planned.sweep, states, runs_dir, arguments.results)
+    except InvalidInput as error:
+        print(error, file=sys.stderr)
+        code = 1
+    else:
+        _tell(collected, console)
+        out = collected.table.parent
+        fitted = subprocess.run([sys.executable, str(FIT_LAWS), str(collected.table), "--out", str(out)], check=False)
+        report = out / "report" / "index.html"
+        if fitted.returncode == 0 and report.exists():
+            console.print(f"report: {report}", highlight=False, soft_wrap=True)
+        else:
+            code = 1
+            print(f"the fit failed; the table is whole. Again: python {FIT_LAWS} {collected.table}", file=sys.stderr)
+    for state in failed:
+        log = runs_dir / state.planned.spec.id / "log.txt"
+        print(f"{state.state}: {state.planned.spec.id}: {state.error} ({log})", file=sys.stderr)
+    if failed:
+        print("try failed runs again: --retry-failed (make: RETRY=1)", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Where the scheduler keeps its own files: everything of it lies in one hidden folder of the run folder."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+
+def scheduler_dir(runs_dir: Path) -> Path:
+    return runs_dir / ".launch"
+
+
+def trunk_claim(runs_dir: Path, trunk_id: str) -> Path:
+    """Held by the worker that trains this trunk."""
+    return scheduler_dir(runs_dir) / "trunks" / f"{trunk_id}.lock"
+
+
+def slot(runs_dir: Path, number: int) -> Path:
+    """Held by the worker on this core (or GPU) of this machine: two launches never share one."""
+    return scheduler_dir(runs_dir) / "slots" / f"{socket.gethostname()}-{number}.lock"
+
+
+def slots(runs_dir: Path) -> list[Path]:
+    """All slots that were ever used on this machine."""
+    return sorted((scheduler_dir(runs_dir) / "slots").glob(f"{socket.gethostname()}-*.lock"))
+
+
+def launch(runs_dir: Path, launch_id: str) -> Path:
+    """Held by a launcher while it lives; its queue of runs lies beside it."""
+    return scheduler_dir(runs_dir) / "launches" / f"{launch_id}.lock"
+
+
+def launches(runs_dir: Path) -> list[Path]:
+    return sorted((scheduler_dir(runs_dir) / "launches").glob("*.lock"))
+
+
+def mirror(runs_dir: Path) -> Path:
+    """Held by the one process that mirrors this run folder to MLflow."""
+    return scheduler_dir(runs_dir) / "mirror.lock"
+
+
+def worker_logs(runs_dir: Path) -> Path:
+    return scheduler_dir(runs_dir) / "workers"

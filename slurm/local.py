@@ -1,0 +1,264 @@
+"""This machine as a cluster: submitit's local executor holds one persistent worker a core or GPU.
+
+The launcher only watches: it starts a worker wherever a slot is free and a trunk is unclaimed, and reads files. So a
+second launch adopts the workers of a first that was killed, and two launches at once share the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from submitit.local.local import LocalExecutor, LocalJob
+
+from fluidscale.folder import RunFolder
+from fluidscale.record import now, read_json, write_atomic, write_json
+from fluidscale.spec import InvalidInput, run_spec_from_json, to_json
+from slurm import claim, layout
+from slurm.job import STOP_SECONDS, Execute, Queue, execute, work
+from slurm.mirror import Mirror
+from slurm.placement import Machine
+from slurm.plan import Plan
+from slurm.status import OVER, RunState, read_states
+
+POLL_SECONDS = 1.0
+# Workers that end without a result while no run gets any further: then something is wrong with every worker.
+MAX_FRUITLESS = 6
+# Workers are never timed out by submitit: a run's length is its own business.
+_FOREVER_MINUTES = 60 * 24 * 365
+
+
+class WorkersFail(RuntimeError):
+    """Workers die before they get anything done."""
+
+
+@dataclass
+class Stop:
+    """What a signal asked of the launcher: first to stop cleanly, the second time at once."""
+
+    signum: int = 0
+    times: int = 0
+
+    def ask(self, signum: int, _: Any = None) -> None:
+        self.signum, self.times = signum, self.times + 1
+
+
+@contextmanager
+def catching_signals() -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM become a wish that the loop looks at; the handlers before are put back at the end."""
+    stop = Stop()
+    before = {number: signal.signal(number, stop.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def prepare(plan: Plan, runs_dir: Path, launch_id: str, retry_failed: bool) -> Queue:
+    """Writes every unfinished run's spec and placement, and the queue that workers read.
+
+    Raises InvalidInput when a folder holds another spec than its name says: then its results cannot be trusted.
+    """
+    trunks: dict[str, list[str]] = {}
+    for group in plan.trunks:
+        for run in group:
+            folder = RunFolder(runs_dir / run.spec.id)
+            if folder.record is None:
+                there = folder.path / "spec.json"
+                if there.exists() and run_spec_from_json(there.read_text(), str(there)) != run.spec:
+                    raise InvalidInput(f"{there}: describes another run than its folder's name; delete {folder.path}")
+                write_atomic(there, to_json(run.spec))
+                write_json(folder.path / "placement.json", asdict(run.placement))
+                if retry_failed and folder.status.get("state") == "failed":
+                    folder.set_status("queued")
+            trunks.setdefault(run.spec.trunk_id, []).append(run.spec.id)
+    # The mirror reads from here which experiment a run belongs to; a filtered launch takes no run out of it.
+    members = runs_dir / "sweeps" / f"{plan.sweep.name}.json"
+    before = (read_json(members) or {}).get("runs", [])
+    write_json(members, {"runs": list(dict.fromkeys([*before, *(run.spec.id for run in plan.runs)]))})
+    queue = Queue(launch_id, plan.sweep.name, str(runs_dir), trunks)
+    queue.save()
+    return queue
+
+
+@dataclass
+class Workers:
+    """The workers that this launcher started, by slot."""
+
+    machine: Machine
+    queue: Queue
+    execute: Execute = execute
+    jobs: dict[int, LocalJob[None]] = field(default_factory=dict)
+    fruitless: int = 0
+
+    @property
+    def runs_dir(self) -> Path:
+        return Path(self.queue.runs_dir)
+
+    def keep_busy(self, states: list[RunState]) -> None:
+        """Starts a worker in every free slot for which there is an unclaimed trunk."""
+        self._bury()
+        open_trunks = {state.planned.spec.trunk_id for state in states if state.state not in OVER}
+        waiting = sum(not claim.is_held(layout.trunk_claim(self.runs_dir, trunk)) for trunk in open_trunks)
+        # A worker that has just been started has no claim yet, but will take one of the waiting trunks.
+        waiting -= sum("trunk" not in (self._slot(number) or {}) for number in self.jobs)
+        for number in range(self.machine.workers):
+            if waiting > 0 and number not in self.jobs and self._slot(number) is None:
+                self.jobs[number] = self._start(number)
+                waiting -= 1
+
+    def progressed(self) -> None:
+        """Some run got further, so workers as such are well."""
+        self.fruitless = 0
+
+    def stop(self, hard: bool = False) -> None:
+        """Asks the workers of this launch, and those left over by dead launches of the sweep, to stop."""
+        number = signal.SIGKILL if hard else signal.SIGTERM
+        for path in layout.slots(self.runs_dir):
+            facts = claim.holder(path)
+            if facts and facts.get("sweep") == self.queue.sweep and self._ours(facts["launch"]):
+                send(facts["pid"], number)
+
+    def any_alive(self) -> bool:
+        self._bury()
+        slots = [claim.holder(path) for path in layout.slots(self.runs_dir)]
+        left = any(facts and facts.get("sweep") == self.queue.sweep and self._ours(facts["launch"]) for facts in slots)
+        return left or bool(self.jobs)
+
+    def _ours(self, launch_id: str) -> bool:
+        return launch_id == self.queue.launch_id or not claim.is_held(layout.launch(self.runs_dir, launch_id))
+
+    def _slot(self, number: int) -> dict[str, Any] | None:
+        return claim.holder(layout.slot(self.runs_dir, number))
+
+    def _bury(self) -> None:
+        for number, job in list(self.jobs.items()):
+            if job.done():
+                del self.jobs[number]
+                if not job.paths.result_pickle.exists() or job.exception() is not None:
+                    self.fruitless += 1
+                    if self.fruitless >= MAX_FRUITLESS:
+                        raise WorkersFail(_last_line(job))
+
+    def _start(self, number: int) -> LocalJob[None]:
+        executor = LocalExecutor(layout.worker_logs(self.runs_dir))
+        gpus = self.machine.gpus[number : number + 1]
+        executor.update_parameters(timeout_min=_FOREVER_MINUTES, gpus_per_node=len(gpus), visible_gpus=gpus)
+        with _own_signals(), _environment(OMP_NUM_THREADS=str(self.machine.profile.threads)):
+            job = executor.submit(work, str(self.queue.path), number, self.execute)
+        assert isinstance(job, LocalJob)
+        return job
+
+
+def supervise(plan: Plan, workers: Workers, stop: Stop, show: Callable[[list[RunState]], None]) -> list[RunState]:
+    """Keeps workers busy until every run is over or a signal came; returns the last states.
+
+    Raises WorkersFail when workers keep dying without getting anything done.
+    """
+    runs_dir = workers.runs_dir
+    mark: list[Any] = []
+    with Mirror(runs_dir) as mirror:
+        while True:
+            states = read_states(plan, runs_dir)
+            show(states)
+            if all(state.state in OVER for state in states):
+                return states
+            if stop.times:
+                mirror.patience = STOP_SECONDS
+                _wind_down(workers, stop)
+                return read_states(plan, runs_dir)
+            if (seen := [(state.state, state.step) for state in states]) != mark:
+                mark = seen
+                workers.progressed()
+            workers.keep_busy(states)
+            mirror.keep_alive()
+            _pause(stop)
+
+
+def _wind_down(workers: Workers, stop: Stop) -> None:
+    """Waits for stopped workers; kills what does not stop in time, or at once when asked a second time."""
+    asked = stop.times
+    deadline = time.monotonic() + 2 * STOP_SECONDS
+    while workers.any_alive():
+        # Asked again and again: a worker that was just starting did not hear the first time.
+        workers.stop(hard=stop.times > asked or time.monotonic() > deadline)
+        time.sleep(0.2)
+
+
+def _pause(stop: Stop) -> None:
+    deadline = time.monotonic() + POLL_SECONDS
+    while time.monotonic() < deadline and not stop.times:
+        time.sleep(0.1)
+
+
+def cancel(runs_dir: Path, sweep: str) -> int:
+    """Stops all launchers and workers of a sweep on this machine; returns how many processes were asked.
+
+    Launchers go first, since a living one would start its workers again.
+    """
+    asked = 0
+    for paths in (layout.launches(runs_dir), layout.slots(runs_dir)):
+        mine = [path for path in paths if (claim.holder(path) or {}).get("sweep") == sweep]
+        for number, patience in ((signal.SIGTERM, 3 * STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
+            for path in mine:
+                facts = claim.holder(path)
+                if facts and facts.get("sweep") == sweep:
+                    asked += number == signal.SIGTERM
+                    send(facts["pid"], number)
+            deadline = time.monotonic() + patience
+            while any(claim.is_held(path) for path in mine) and time.monotonic() < deadline:
+                time.sleep(0.1)
+    return asked
+
+
+def launch_facts(sweep: str) -> dict[str, Any]:
+    """What a launcher's lock file says of it."""
+    return {"pid": os.getpid(), "sweep": sweep, "since": now()}
+
+
+def send(pid: int, number: int) -> None:
+    """Signals a process that may be gone already."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Children started here never see the terminal's Ctrl-C or its closing: only the launcher stops them, cleanly."""
+    assert threading.current_thread() is threading.main_thread()
+    blocked = {signal.SIGINT, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Sets variables that a child must find before its first import."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _last_line(job: LocalJob[None]) -> str:
+    text = (job.stderr() or "").strip() or (job.stdout() or "").strip() or "no output"
+    return f"workers end before they get anything done: {text.splitlines()[-1]} ({job.paths.stderr})"

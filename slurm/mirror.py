@@ -1,0 +1,67 @@
+"""The MLflow mirror beside a launch: a process of its own, whose death never touches training.
+
+It ends by itself when the launcher is gone, however that died.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from slurm import claim, layout
+
+# A mirror that dies is started again this often; then the sweep goes on without, and a later sync brings it level.
+_STARTS = 3
+
+
+class Mirror:
+    """Runs `python -m fluidscale.sync RUNS --follow` while open; one mirror a run folder, whoever started it."""
+
+    def __init__(self, runs_dir: Path) -> None:
+        self._runs_dir = runs_dir
+        self._process: subprocess.Popen[bytes] | None = None
+        self._starts = 0
+        self.patience = 120.0  # seconds that the mirror may take at the end to come level
+
+    def __enter__(self) -> Mirror:
+        return self
+
+    def keep_alive(self) -> None:
+        """Starts the mirror where none runs: at first, after its death, or when another launch took its own along."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        lock = layout.mirror(self._runs_dir)
+        if self._starts >= _STARTS or claim.is_held(lock):
+            return
+        held = claim.take(lock, {})
+        if held is None:
+            return
+        self._starts += 1
+        log = layout.scheduler_dir(self._runs_dir) / "mirror.log"
+        with open(log, "ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "fluidscale.sync", str(self._runs_dir), "--follow"],
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                # A session of its own: Ctrl-C must not reach it before the last files are mirrored.
+                start_new_session=True,
+                # The lock lives in the child: it is free the moment the child is dead.
+                pass_fds=(held.descriptor,),
+            )
+        held.release()
+
+    def __exit__(self, *_: Any) -> None:
+        """Lets the mirror come level with the files, then ends it; one that hangs is killed."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(self.patience)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+

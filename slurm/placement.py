@@ -1,0 +1,139 @@
+"""Where a run is computed: resource profiles, what this machine has, and the `Placement` that a run is handed.
+
+Imports no torch: a GPU is found by the driver's own tool, and the worker has the last word.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fluidscale.record import Placement
+from fluidscale.spec import InvalidInput, RunSpec, from_dict, unknown_key
+from fluidscale.sweep import read_yaml
+
+RESOURCES = Path(__file__).resolve().parent / "resources.yaml"
+CLUSTERS = ("local", "debug", "slurm")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One row of resources.yaml: a kind of worker and what it is expected to reach."""
+
+    name: str
+    cluster: str
+    device: str
+    threads: int
+    precision: str
+    peak_tflops: float
+    sustained_tflops: float
+    layer_seconds: float
+    run_seconds: float
+    checkpoint_minutes: float
+    memory_gb: float = 0.0
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    minutes: int = 1440
+    parallel: int = 64
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The workers one machine can hold: a worker a core, or a worker a GPU."""
+
+    profile: Profile
+    workers: int
+    gpus: tuple[int, ...] = ()  # CUDA indices, one a worker
+
+
+def load_profile(name: str) -> Profile:
+    """A row of resources.yaml. Raises InvalidInput on an unknown name or key."""
+    rows = read_yaml(RESOURCES)
+    if name not in rows:
+        raise InvalidInput(unknown_key(name, rows, f"--profile: {RESOURCES}"))
+    return from_dict(Profile, {"name": name, **rows[name]}, f"{RESOURCES}: {name}")
+
+
+def choose(cluster: str, name: str | None) -> Machine:
+    """The profile and the workers of `--cluster` and `--profile`; a GPU is taken when there is one."""
+    gpus = cuda_devices()
+    if name is None:
+        name = "slurm" if cluster == "slurm" else "cuda" if gpus else "mps" if has_mps() else "cpu"
+    profile = load_profile(name)
+    if (profile.cluster == "slurm") != (cluster == "slurm"):
+        raise InvalidInput(f"--profile {name}: it is for cluster {profile.cluster}, not for --cluster {cluster}")
+    if cluster == "slurm":
+        return Machine(profile, profile.parallel)
+    if profile.device == "cuda":
+        if not gpus:
+            raise InvalidInput(f"--profile {name}: no CUDA device here (nvidia-smi lists none); try --profile cpu")
+        indices = tuple(index for index, _ in gpus)
+        memory = profile.memory_gb or min(gigabytes for _, gigabytes in gpus)
+        return Machine(replace(profile, memory_gb=memory), len(gpus), indices)
+    workers = 1 if profile.device == "mps" else max(1, available_cores() // profile.threads)
+    return Machine(replace(profile, memory_gb=profile.memory_gb or available_memory_gb() / workers), workers)
+
+
+def place(spec: RunSpec, profile: Profile, branch_steps: tuple[int, ...]) -> Placement:
+    """What `fluidscale.run` needs to know of the profile; `branch_steps` are those of all runs of its trunk."""
+    return Placement(
+        device=profile.device,
+        threads=profile.threads,
+        precision=profile.precision,
+        checkpoint_minutes=profile.checkpoint_minutes,
+        branch_steps=branch_steps,
+        peak_flops=profile.peak_tflops * 1e12,
+    )
+
+
+def cuda_devices() -> list[tuple[int, float]]:
+    """(index, memory in GB) of the visible CUDA devices, by nvidia-smi; CUDA_VISIBLE_DEVICES is respected."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (subprocess.SubprocessError, OSError):
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines() if line.count(",") == 2]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    wanted = None if visible is None else [entry.strip() for entry in visible.split(",")]
+    return [
+        (int(index), float(mebibytes) * 2**20 / 1e9)
+        for index, uuid, mebibytes in rows
+        if wanted is None or index in wanted or any(entry and uuid.startswith(entry) for entry in wanted)
+    ]
+
+
+def has_mps() -> bool:
+    """Whether this is a Mac whose GPU torch can use."""
+    return platform.system() == "Darwin" and platform.machine() == "arm64"
+
+
+def available_cores() -> int:
+    """CPUs this process may use: its affinity, capped by the control group's quota (containers)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = (_control("cpu.max") or f"{_control('cpu/cpu.cfs_quota_us')} 100000").split()
+    limited = quota.isdigit() and period.isdigit()
+    return max(1, min(cores, int(quota) // int(period))) if limited else cores
+
+
+def available_memory_gb() -> float:
+    """Memory of this machine in GB, capped by the control group's limit."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _control("memory.max") or _control("memory/memory.limit_in_bytes")
+    return min(total, int(limit) if limit.isdigit() else total) / 1e9
+
+
+def _control(name: str) -> str:
+    """A limit of the control group (version 2, then 1), empty where there is none."""
+    try:
+        return (Path("/sys/fs/cgroup") / name).read_text().strip()
+    except OSError:
+        return ""
