@@ -4,8 +4,8 @@ Three kinds of combination are held out, by the world's seed and never a whole c
 (class, colour) pairs; class pairs, in either order and in every task; and (first, relation, second) triples among the
 remaining pairs, each together with its mirror image ("a left of b" and "b right of a" are one picture). A content is
 unseen when it contains at least one of them. single_object and counting contain none: they have no unseen part.
-What is held out is what a caption says: an untinted icon keeps its natural colour, so training may show a red apple
-as "an apple" though "a red apple" is held out.
+Pictures keep to it as well as captions: where a caption leaves two icons free, they avoid the held-out relations. Only
+natural colours are as they are: training may show a red apple as "an apple" though "a red apple" is held out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 
 import numpy as np
 
-from fluidscale.spec import WorldSpec
+from fluidscale.spec import InvalidInput, WorldSpec
 from fluidscale.world.captions import RELATIONS, TAGS, Content
 from fluidscale.world.classes import UNCOLORED
 
@@ -42,8 +42,13 @@ class Combinations:
         return self._numbers[tag, split]
 
     def tags(self, split: str) -> tuple[str, ...]:
-        """The tags that have a content in the split."""
-        return tuple(tag for tag in TAGS if len(self._numbers[tag, split]))
+        """The tags that have a content in the split. Raises InvalidInput where none has, or there is no such split."""
+        if split not in SPLITS:
+            raise InvalidInput(f"split {split!r}: expected one of {', '.join(SPLITS)}")
+        tags = tuple(tag for tag in TAGS if len(self._numbers[tag, split]))
+        if not tags:
+            raise InvalidInput(f"split {split!r}: this world holds nothing out; see its holdout_fraction")
+        return tags
 
     def content(self, tag: str, number: int) -> Content:
         """The content with this number."""
@@ -66,6 +71,13 @@ class Combinations:
         if content.relation:
             held.append(self.held_relations[classes[0], classes[1], RELATIONS.index(content.relation)])
         return bool(np.any(held))
+
+    def barred(self, content: Content) -> tuple[str, ...]:
+        """The held-out relations in which the first of two freely placed icons must not stand to the second."""
+        if content.relation or len(content.objects) != 2:
+            return ()
+        first, second = (self._spec.classes.index(name) for name, _ in content.objects)
+        return tuple(np.array(RELATIONS)[self.held_relations[first, second]].tolist())
 
     def _shape(self, tag: str) -> tuple[int, ...]:
         classes, tintable, colors = len(self._spec.classes), len(self._tintable), len(self._spec.colors)

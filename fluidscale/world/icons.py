@@ -78,7 +78,9 @@ def tinted(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
 
 @lru_cache(maxsize=1024)
 def _tinted_master(name: str, color: str | None) -> Image.Image:
-    return master(name) if color is None else tinted(master(name), COLORS[color])
+    image = master(name) if color is None else tinted(master(name), COLORS[color])
+    # Premultiplied, so that the invisible pixels' colour does not bleed into the edge when it is resized.
+    return image.convert("RGBa")
 
 
 @lru_cache(maxsize=1024)
@@ -95,10 +97,11 @@ def body(name: str, color: str | None) -> tuple[float, float, float]:
 @lru_cache(maxsize=16384)
 def sprite(name: str, color: str | None, size: int, rotation: int) -> Sprite:
     """The icon with its longest side `size` px, turned by `rotation` degrees counter-clockwise."""
-    # Premultiplied, so that the invisible pixels' colour does not bleed into the edge.
-    image = _tinted_master(name, color).convert("RGBa")
+    image = _tinted_master(name, color)
     if rotation:
-        image = image.rotate(rotation, Image.Resampling.BICUBIC, expand=True)
+        # Turning the whole master would cost four milliseconds a sprite; three samples a pixel are enough.
+        image = image.resize((3 * size, 3 * size), Image.Resampling.BOX)
+        image = image.rotate(rotation, Image.Resampling.BILINEAR, expand=True)
     turn = math.radians(abs(rotation))
     # The square that holds the turned square; 1e-6 because the sine of 0 must not cost a pixel.
     side = math.floor(size * (math.cos(turn) + math.sin(turn)) + 1e-6)

@@ -24,10 +24,11 @@ def extent(spec: WorldSpec, count: int) -> int:
     return math.ceil(spec.icon_sizes[count - 1] * (1 + spec.size_jitter) * (math.cos(turn) + math.sin(turn)))
 
 
-def layouts(spec: WorldSpec, count: int, relation: str | None) -> np.ndarray:
+def layouts(spec: WorldSpec, count: int, relation: str | None, barred: tuple[str, ...]) -> np.ndarray:
     """Centres in px, float32 (layouts, count, 2) as (x, y), each equally likely. Raises InvalidInput if there are none.
 
-    With a relation, the first of two icons stands in that relation to the second by GenEval's rule, and in no other.
+    With a relation, the first of two icons stands in that relation to the second by GenEval's rule, and in no other;
+    it never stands in a barred one.
     """
     side = extent(spec, count)
     room = spec.resolution - side
@@ -35,8 +36,11 @@ def layouts(spec: WorldSpec, count: int, relation: str | None) -> np.ndarray:
     points = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
     offset = points[:, None] - points[None]
     apart: np.ndarray = np.any(np.abs(offset) >= side, axis=-1)
-    if relation is not None:
-        apart &= _stands(offset, spec.icon_sizes[count - 1], relation)
+    if relation or barred:
+        holds = _relations(offset, spec.icon_sizes[count - 1])
+        apart &= ~holds[..., [RELATIONS.index(name) for name in barred]].any(-1)
+        if relation:
+            apart &= holds[..., RELATIONS.index(relation)] & (holds.sum(-1) == 1)
     if count == 1:
         chosen = points[:, None]
     elif count == 2:
@@ -52,14 +56,11 @@ def layouts(spec: WorldSpec, count: int, relation: str | None) -> np.ndarray:
     return chosen.astype(np.float32)
 
 
-def _stands(offset: np.ndarray, size: int, relation: str) -> np.ndarray:
-    """Whether the named relation, and no other, holds for centre offsets first - second (..., 2)."""
+def _relations(offset: np.ndarray, size: int) -> np.ndarray:
+    """Which of RELATIONS hold for centre offsets first - second (..., 2): bool (..., 4)."""
     beyond = np.maximum(np.abs(offset) - _TOLERANCE * 2 * size, 0) * np.sign(offset)
     cosine = beyond / np.maximum(np.linalg.norm(offset, axis=-1, keepdims=True), 1e-9)
-    holds = np.stack(
-        [cosine[..., 0] < -_COSINE, cosine[..., 0] > _COSINE, cosine[..., 1] < -_COSINE, cosine[..., 1] > _COSINE], -1
-    )
-    return holds[..., RELATIONS.index(relation)] & (holds.sum(-1) == 1)
+    return np.stack([cosine < -_COSINE, cosine > _COSINE], -1).reshape(*offset.shape[:-1], 4)
 
 
 def _draw(apart: np.ndarray, count: int) -> np.ndarray:

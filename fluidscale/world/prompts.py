@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from fluidscale.world.captions import RELATIONS, TAGS, Content
 PROTOCOL: dict[str, int] = dict(zip(TAGS, (80, 99, 80, 94, 100, 100), strict=True))
 
 
-def read_prompts(path: str | Path, spec: WorldSpec) -> list[dict[str, Any]]:
-    """The lines of a prompt file, as they are. Raises InvalidInput naming the first line that the world cannot draw."""
+def read_prompts(path: str | Path, check: Callable[[Any], None]) -> list[dict[str, Any]]:
+    """The lines of a prompt file, as they are. InvalidInput names the first that is no JSON or that `check` refuses."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -25,53 +25,53 @@ def read_prompts(path: str | Path, spec: WorldSpec) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            prompt = json.loads(line)
+            prompts.append(json.loads(line))
+            check(prompts[-1])
         except json.JSONDecodeError as error:
             raise InvalidInput(f"{path}:{number}: not JSON ({error})") from error
-        read_content(prompt, spec, f"{path}:{number}")
-        prompts.append(prompt)
+        except InvalidInput as error:
+            raise InvalidInput(f"{path}:{number}: {error}") from error
     if not prompts:
         raise InvalidInput(f"{path}: no prompts; expected one JSON object per line")
     return prompts
 
 
-def read_content(prompt: Mapping[str, Any], spec: WorldSpec, where: str) -> Content:
-    """What a prompt asks for. Raises InvalidInput with `where` when a key is missing or the world lacks a name."""
+def read_content(prompt: Any, spec: WorldSpec) -> Content:
+    """What a prompt asks for. Raises InvalidInput when it is not of GenEval's form or the world cannot draw it."""
     if not isinstance(prompt, Mapping):
-        raise InvalidInput(f"{where}: expected a JSON object, got {type(prompt).__name__}")
+        raise InvalidInput(f"expected a JSON object, got {type(prompt).__name__}")
     if missing := [key for key in ("tag", "include", "prompt") if key not in prompt]:
-        raise InvalidInput(f"{where}: missing key {', '.join(missing)}")
+        raise InvalidInput(f"missing key {', '.join(missing)}")
     if prompt["tag"] not in TAGS:
-        raise InvalidInput(f"{where}: unknown tag {prompt['tag']!r}; known: {', '.join(TAGS)}")
+        raise InvalidInput(f"unknown tag {prompt['tag']!r}; known: {', '.join(TAGS)}")
     if not isinstance(prompt["prompt"], str):
-        raise InvalidInput(f"{where}: prompt must be a string")
-    clauses, excluded = prompt["include"], prompt.get("exclude", [])
-    for name, value in (("include", clauses), ("exclude", excluded)):
-        if not isinstance(value, list) or not all(isinstance(clause, Mapping) for clause in value):
-            raise InvalidInput(f"{where}: {name} must be a list of objects")
-        for clause in value:
-            _check_clause(clause, spec, f"{where}: {name}")
-    objects = [(clause["class"], clause.get("color")) for clause in clauses for _ in range(clause["count"])]
+        raise InvalidInput(f"prompt must be a string, got {prompt['prompt']!r}")
+    for key in ("include", "exclude"):
+        _check_clauses(key, prompt.get(key, []), spec)
+    clauses = prompt["include"]
+    objects = tuple((clause["class"], clause.get("color")) for clause in clauses for _ in range(clause["count"]))
     if not 1 <= len(objects) <= spec.max_objects:
-        raise InvalidInput(f"{where}: {len(objects)} objects; this world draws 1 to {spec.max_objects}")
-    placed = [(clause, clause["position"]) for clause in clauses if "position" in clause]
+        raise InvalidInput(f"{len(objects)} objects; this world draws 1 to {spec.max_objects}")
+    placed = [i for i, clause in enumerate(clauses) if "position" in clause]
     if not placed:
-        return Content(prompt["tag"], tuple(objects))
-    clause, position = placed[0]
-    if not (isinstance(position, (list, tuple)) and len(position) == 2 and position[0] in RELATIONS):
-        raise InvalidInput(f"{where}: position must be [relation, clause]; relations: {', '.join(RELATIONS)}")
-    if len(objects) != 2 or len(placed) != 1 or clauses.index(clause) == position[1] or position[1] not in (0, 1):
-        raise InvalidInput(f"{where}: this world places one object relative to one other")
-    first = clauses.index(clause)
-    return Content(prompt["tag"], (objects[first], objects[position[1]]), position[0])
+        return Content(prompt["tag"], objects)
+    first, position = placed[0], clauses[placed[0]]["position"]
+    if not (isinstance(position, Sequence) and len(position) == 2 and position[0] in RELATIONS):
+        raise InvalidInput(f"position must be [relation, index of a clause]; relations: {', '.join(RELATIONS)}")
+    if len(placed) > 1 or len(clauses) != 2 or len(objects) != 2 or position[1] != 1 - first:
+        raise InvalidInput("position: this world places one object relative to one other")
+    return Content(prompt["tag"], (objects[first], objects[1 - first]), position[0])
 
 
-def _check_clause(clause: Mapping[str, Any], spec: WorldSpec, where: str) -> None:
-    if missing := [key for key in ("class", "count") if key not in clause]:
-        raise InvalidInput(f"{where}: missing key {', '.join(missing)}")
-    if clause["class"] not in spec.classes:
-        raise InvalidInput(f"{where}: unknown class {clause['class']!r}; this world has {', '.join(spec.classes)}")
-    if clause.get("color") not in (None, *spec.colors):
-        raise InvalidInput(f"{where}: unknown color {clause['color']!r}; this world has {', '.join(spec.colors)}")
-    if not isinstance(clause["count"], int) or clause["count"] < 1:
-        raise InvalidInput(f"{where}: count must be a positive integer, got {clause['count']!r}")
+def _check_clauses(key: str, clauses: Any, spec: WorldSpec) -> None:
+    if not isinstance(clauses, list) or not all(isinstance(clause, Mapping) for clause in clauses):
+        raise InvalidInput(f"{key} must be a list of objects")
+    for clause in clauses:
+        if missing := [name for name in ("class", "count") if name not in clause]:
+            raise InvalidInput(f"{key}: missing key {', '.join(missing)}")
+        if clause["class"] not in spec.classes:
+            raise InvalidInput(f"{key}: unknown class {clause['class']!r}; this world has {', '.join(spec.classes)}")
+        if clause.get("color") not in (None, *spec.colors):
+            raise InvalidInput(f"{key}: unknown color {clause['color']!r}; this world has {', '.join(spec.colors)}")
+        if not isinstance(clause["count"], int) or clause["count"] < 1:
+            raise InvalidInput(f"{key}: count must be a positive integer, got {clause['count']!r}")
