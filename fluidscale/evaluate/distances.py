@@ -42,7 +42,7 @@ def frechet(a: Moments, b: Moments) -> float:
     return max(float(shift @ shift + np.trace(a.cov) + np.trace(b.cov) - 2 * cross), 0.0)
 
 
-def frechet_unbiased(features: np.ndarray, reference: Moments, splits: int = 4) -> float:
+def frechet_unbiased(features: np.ndarray, reference: Moments, splits: int = 3) -> float:
     """The distance as the number of images grows without bound (FID_inf, arXiv 1911.07023).
 
     At n images the expected distance is linear in 1/n to first order. It is averaged over 1, 2, .. `splits` disjoint

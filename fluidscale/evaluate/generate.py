@@ -99,12 +99,14 @@ def _rows(prompts: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
 
 
 def _draw(subject: Subject, folder: Path, rows: list[dict[str, Any]], total: int, progress: Progress) -> None:
+    # All captions first: a word that is not known stops the drawing before it begins.
+    text = encode_text(subject.world, [row["prompt"] for row in rows], subject.device)
     batch = max(1, _BATCH_TOKENS // subject.spec.model.num_tokens)
     done = total - len(rows)
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        text = encode_text(subject.world, [row["prompt"] for row in part], subject.device)
-        tokens = generate(subject.model, text, subject.spec.evaluate.sampling, [row["seed"] for row in part])
+        words = Text(text.values[start : start + batch], text.mask[start : start + batch])
+        tokens = generate(subject.model, words, subject.spec.evaluate.sampling, [row["seed"] for row in part])
         for row, image in zip(part, subject.tokenizer.decode(tokens), strict=True):
             _write_image(folder / row["file"], image)
         done += len(part)

@@ -55,12 +55,9 @@ class ValidationLoss:
             return stack([order.training_view(1, length, _rng(first + k, draw)) for k in range(count)])
 
         sums, counts = _accumulate(subject, views, measure, progress, self.name)
-        value = sums.sum() / counts.sum()
-        # A ratio of two sums over images: its error is that of the residuals (linearisation).
-        residuals = sums - value * counts
-        se = math.sqrt(len(sums)) * float(residuals.std(ddof=1)) / counts.sum()
+        value, se = ratio(sums, counts)
         unit = "diffusion loss" if subject.spec.model.head else "nats/token"
-        yield Score(Metric(self.name, unit, False), float(value), float(se), len(sums), self.protocol(subject))
+        yield Score(Metric(self.name, unit, False), value, se, len(sums), self.protocol(subject))
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,13 @@ class ValidationLikelihood:
         se = float(per_image.std(ddof=1)) / math.sqrt(len(per_image))
         metric = Metric(self.name, "nats/image", False)
         yield Score(metric, float(per_image.mean()), se, len(per_image), self.protocol(subject))
+
+
+def ratio(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """sum(sums) / sum(counts) over images (n,) and its standard error, that of the residuals (linearisation)."""
+    value = sums.sum() / counts.sum()
+    residuals = sums - value * counts
+    return float(value), float(math.sqrt(len(sums)) * residuals.std(ddof=1) / counts.sum())
 
 
 def likelihood_view(order: Order, length: int, draw: int, rng: torch.Generator) -> View:

@@ -23,8 +23,7 @@ def evaluate(subject: Subject, which: Collection[str] | None = None, progress: P
     name that no evaluator has, or one that the spec gives no images.
     """
     for evaluator in chosen(subject, which):
-        known = list(_stored(evaluator, subject))
-        if known:
+        if known := _stored(evaluator, subject):
             yield from known
             continue
         companions: list[str] = []
@@ -47,16 +46,16 @@ def chosen(subject: Subject, which: Collection[str] | None) -> list[Evaluator]:
     return [e for name, e in wanted.items() if which is None or name in which]
 
 
-def _stored(evaluator: Evaluator, subject: Subject) -> Iterator[Score]:
-    """The scores of an earlier evaluation with the same weights and protocol; none when there was none."""
+def _stored(evaluator: Evaluator, subject: Subject) -> list[Score]:
+    """The scores of an earlier evaluation with the same weights and protocol; empty unless all of them are there."""
     own = _read(_path(subject, evaluator.name))
-    if own is None or own["weights"] != subject.weights_sha256 or own["protocol"] != evaluator.protocol(subject):
-        return
-    for name in own["companions"]:
-        companion = _read(_path(subject, name))
-        if companion is not None:
-            yield _from_json(companion)
-    yield _from_json(own)
+    if own is None:
+        return []
+    found = [*(_read(_path(subject, name)) for name in own["companions"]), own]
+    facts = (subject.weights_sha256, evaluator.protocol(subject))
+    if any(score is None or (score["weights"], score["protocol"]) != facts for score in found):
+        return []
+    return [_from_json(score) for score in found if score is not None]
 
 
 def _path(subject: Subject, metric: str) -> Path:

@@ -1,0 +1,172 @@
+"""Images are drawn once, resumed image by image, and refused when they are not what they should be."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from fluidscale.model.build import build
+from PIL import Image
+
+from fluidscale.evaluate import Subject, evaluate, generate
+from fluidscale.evaluate.features import load_features
+from fluidscale.evaluate.fid import FrechetDistance, reference_features, scene_captions
+from fluidscale.evaluate.generate import draw, image_seed
+from fluidscale.evaluate.geneval import GenEval
+from fluidscale.evaluate.grid import contact_sheet
+from fluidscale.evaluate.references import references
+from fluidscale.spec import InvalidInput
+from fluidscale.tokens.image import load_tokenizer
+from fluidscale.world import World
+
+PROMPTS = [{"prompt": f"a photo of a {color} {cls}"} for color in ("red", "blue") for cls in ("apple", "cup", "car")]
+
+
+@pytest.fixture
+def subject(tiny_spec, tmp_path):
+    spec = tiny_spec("discrete-raster")
+    evaluation = dataclasses.replace(spec.evaluate, geneval_images_per_prompt=1, fd_images=64)
+    spec = dataclasses.replace(spec, evaluate=evaluation)
+    torch.manual_seed(0)
+    network = build(spec.model).eval()
+    world, tokenizer = World(spec.data.world), load_tokenizer(spec.tokenizer_sha256)
+    return Subject(network, tokenizer, spec, world, tmp_path / "runs" / "one", torch.device("cpu"))
+
+
+class FewPrompts(World):
+    """The world, asking two prompts a tag: enough for the plumbing."""
+
+    def prompts(self, split, limit=None, part="evaluation"):
+        tags = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+        return super().prompts(split, dict.fromkeys(tags, 2), part)
+
+
+def count_drawn(monkeypatch) -> list[int]:
+    """Sizes of the batches that the model is really asked for."""
+    drawn, original = [], generate.generate
+
+    def spy(model, text, sampling, seeds, *rest, **options):
+        drawn.append(len(seeds))
+        return original(model, text, sampling, seeds, *rest, **options)
+
+    monkeypatch.setattr(generate, "generate", spy)
+    return drawn
+
+
+def test_a_second_drawing_costs_nothing(subject, monkeypatch):
+    drawn = count_drawn(monkeypatch)
+    first, again = draw(subject, "few", PROMPTS), draw(subject, "few", PROMPTS)
+    assert drawn == [6]
+    assert np.array_equal(first.images(), again.images()) and first.images().shape == (6, 32, 32, 3)
+    lines = [json.loads(line) for line in (first.folder / "prompts.jsonl").read_text().splitlines()]
+    assert lines == list(first.rows) and {"file", "seed", "prompt"} <= set(lines[0])
+
+
+def test_an_interrupted_drawing_continues_to_the_same_images(subject, monkeypatch):
+    whole = draw(subject, "few", PROMPTS)
+    expected = whole.images()
+    for k in (1, 4):
+        (whole.folder / whole.rows[k]["file"]).unlink()
+    drawn = count_drawn(monkeypatch)
+    assert np.array_equal(draw(subject, "few", PROMPTS).images(), expected)
+    assert drawn == [2]
+
+
+def test_repeated_prompts_have_seeds_of_their_own(subject):
+    samples = draw(subject, "twice", [PROMPTS[0], PROMPTS[0], PROMPTS[1]])
+    assert len({row["seed"] for row in samples.rows}) == 3
+    assert samples.rows[1]["seed"] == image_seed(PROMPTS[0]["prompt"], 1)
+
+
+def test_other_weights_prompts_or_sampling_have_a_folder_of_their_own(subject):
+    torch.manual_seed(1)
+    other = dataclasses.replace(subject, model=build(subject.spec.model).eval())
+    sampling = dataclasses.replace(subject.spec.evaluate.sampling, guidance_scale=1.5)
+    evaluation = dataclasses.replace(subject.spec.evaluate, sampling=sampling)
+    guided = dataclasses.replace(subject, spec=dataclasses.replace(subject.spec, evaluate=evaluation))
+    one = PROMPTS[:1]
+    folders = {draw(s, "one", one).folder for s in (subject, other, guided)} | {
+        draw(subject, "one", PROMPTS[1:2]).folder
+    }
+    assert len(folders) == 4
+
+
+def test_missing_damaged_and_foreign_images_are_refused(subject):
+    samples = draw(subject, "few", PROMPTS)
+    path = samples.folder / samples.rows[2]["file"]
+    whole = path.read_bytes()
+    path.unlink()
+    with pytest.raises(InvalidInput, match=r"1 of 6 images are missing, first 000002\.png"):
+        samples.images()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InvalidInput, match=r"000002\.png: not a readable PNG"):
+        samples.images()
+    Image.new("RGB", (16, 16)).save(path)
+    with pytest.raises(InvalidInput, match=r"000002\.png: \(16, 16\), the others \(32, 32\)"):
+        samples.images()
+
+
+def test_a_word_the_world_lacks_is_refused_before_drawing(subject, monkeypatch):
+    drawn = count_drawn(monkeypatch)
+    with pytest.raises(InvalidInput, match="unicorn"):
+        draw(subject, "bad", [{"prompt": "a red unicorn"}])
+    assert drawn == []
+
+
+def test_the_contact_sheet_holds_every_picture_unchanged():
+    images = [np.full((32, 32, 3), 10 * k, np.uint8) for k in range(8)]
+    sheet = np.asarray(
+        Image.open(io.BytesIO(contact_sheet(images, ["a very long caption of many words"] * 8, columns=4)))
+    )
+    for k in range(8):
+        assert (sheet == 10 * k).all(axis=2).sum() >= 160 * 160
+    assert sheet.shape[1] > sheet.shape[0]
+
+
+def test_geneval_and_distance_of_a_fresh_model(subject):
+    """The whole chain on the shipped judges: an untrained model is scored, badly, and every file is there."""
+    subject = dataclasses.replace(subject, world=FewPrompts(subject.spec.data.world))
+    scores = {score.metric.name: score for score in evaluate(subject, ["geneval", "fd"])}
+    assert {"geneval", "geneval_unseen", "geneval_counting", "fd", "fd_inf", "kid", "precision", "recall"} <= set(
+        scores
+    )
+    assert scores["geneval"].value < 0.2 and scores["geneval"].extra["prompts"] == 12
+    assert scores["fd"].value > 5 * scores["fd"].se > 0 and scores["fd"].metric.unit == "FD-icons32"
+    results = list((subject.run_dir / "samples").glob("seen-*/results.jsonl"))
+    line = json.loads(results[0].read_text().splitlines()[0])
+    assert list(line) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
+    assert json.loads(line["metadata"])["include"] and isinstance(json.loads(line["details"]), dict)
+    assert (subject.run_dir / "samples" / "grid.png").exists()
+
+
+def test_reference_features_are_shared_and_checked(subject):
+    features = load_features(subject.features_name)
+    first = reference_features(subject, features)
+    (path,) = subject.cache_dir.glob("*.npy")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InvalidInput, match="damaged reference features"):
+        reference_features(subject, features)
+    path.unlink()
+    assert np.array_equal(reference_features(subject, features), first)
+
+
+def test_protocols_name_guidance_and_judges(subject):
+    for evaluator in (GenEval(), FrechetDistance()):
+        assert "icons32" in evaluator.protocol(subject) and "-g2-" in evaluator.protocol(subject)
+
+
+def test_captions_are_sentences_of_real_scenes(subject):
+    captions = [p["prompt"] for p in scene_captions(subject.world, 32)]
+    assert len(set(captions)) > 10 and all(subject.world.encode(c).any() for c in captions)
+
+
+def test_references_bracket_what_a_model_can_reach(subject):
+    world = FewPrompts(subject.spec.data.world)
+    from fluidscale.evaluate.detect import load_detector
+
+    parts = (subject.tokenizer, load_detector(subject.detector_name), load_features(subject.features_name))
+    found = references(world, *parts, fd_images=128)
+    assert 0 <= found["fd_real_floor"] < found["fd_floor"]
+    assert found["geneval_floor"] < found["geneval_ceiling"] <= found["geneval_real"]
