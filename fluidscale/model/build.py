@@ -1,0 +1,106 @@
+"""From a ModelSpec to a model: an arm is a pair of values, an order and a head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fluidscale.model.diffusion import OBJECTIVES
+from fluidscale.model.head import HEADS
+from fluidscale.model.order import ORDERS, View
+from fluidscale.model.transformer import Cache, Text, TextEncoder, Trunk
+from fluidscale.spec import InvalidInput, ModelSpec
+
+POSITIONS = ("input", "every_layer")
+
+
+class FluidModel(nn.Module):
+    """Text, trunk, order and head of one arm. Tokens are int64 (B, L) codes or float (B, L, C)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.order = ORDERS[spec.order](spec.mask_law)
+        self.head = HEADS[spec.token_kind](spec)
+        self.text = TextEncoder(spec)
+        self.trunk = Trunk(spec, self.order.causal)
+
+    @property
+    def device(self) -> torch.device:
+        return self.trunk.position.device
+
+    def forward(
+        self, view: View, tokens: Tensor, text: Text, drop: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """z (B, S, d) for every slot of the view; `drop` bool (B,) replaces a sample's text by the null.
+
+        With a cache the text is encoded once, and a causal order returns z of the slots that are new since the last call.
+        """
+        memory = cache.memory if cache is not None else None
+        if memory is None:
+            drop = None if drop is None else drop.to(self.device, non_blocking=True)
+            memory = self.text(text.to(self.device), drop)
+        if cache is not None:
+            cache.memory = memory
+        return self.trunk(self.head.embed(tokens.to(self.device, non_blocking=True)), view, memory, cache)
+
+    def losses(
+        self, tokens: Tensor, text: Text, view: View, rng: torch.Generator, drop: Tensor | None = None,
+        stratified: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The training loss of each slot, float32 (B, S), 0 where it does not count, and where it counts, bool (B, S)."""
+        tokens = tokens.to(self.device, non_blocking=True)
+        rows, z, targets = self._counted(tokens, text, view, drop)
+        scores = self.head.losses(z, targets, rng, stratified)
+        return _scattered(scores, rows, view), view.counted.to(self.device, non_blocking=True)
+
+    def nll(self, tokens: Tensor, text: Text, view: View, rng: torch.Generator) -> Tensor:
+        """Nats of each slot's token, float32 (B, S), 0 where it does not count."""
+        rows, z, targets = self._counted(tokens.to(self.device, non_blocking=True), text, view, None)
+        return _scattered(self.head.nll(z, targets, rng), rows, view)
+
+    def _counted(self, tokens: Tensor, text: Text, view: View, drop: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Row numbers (M,), z (M, d) and tokens (M, ..) of the counted slots: heads see nothing else.
+
+        Found where the view lives: with a view on the CPU a GPU is never waited for.
+        """
+        batch, length = tokens.shape[:2]
+        rows = view.counted.flatten().nonzero().squeeze(1)
+        offsets = torch.arange(batch, device=rows.device)[:, None] * length
+        targets = (view.positions + offsets).flatten()[rows].to(self.device, non_blocking=True)
+        rows = rows.to(self.device, non_blocking=True)
+        z = self(view, tokens, text, drop)
+        return rows, z.flatten(0, 1).index_select(0, rows), tokens.flatten(0, 1).index_select(0, targets)
+
+
+def _scattered(scores: Tensor, rows: Tensor, view: View) -> Tensor:
+    blank = torch.zeros(view.counted.numel(), dtype=scores.dtype, device=scores.device)
+    return blank.index_copy(0, rows, scores).view(view.counted.shape)
+
+
+def check(spec: ModelSpec) -> None:
+    """Raises InvalidInput for a spec that no model can be built from."""
+    if spec.token_kind not in HEADS:
+        raise InvalidInput(f"unknown token_kind {spec.token_kind!r}; known: {', '.join(HEADS)}")
+    if spec.order not in ORDERS:
+        raise InvalidInput(f"unknown order {spec.order!r}; known: {', '.join(ORDERS)}")
+    if spec.position not in POSITIONS:
+        raise InvalidInput(f"unknown position {spec.position!r}; known: {', '.join(POSITIONS)}")
+    head_dim, rest = divmod(spec.width, spec.num_heads)
+    if rest:
+        raise InvalidInput(f"width {spec.width} is not divisible by num_heads {spec.num_heads}")
+    if spec.position == "every_layer" and head_dim % 4:
+        raise InvalidInput(f"2-D rotary positions need a head dimension divisible by 4, got {head_dim}")
+    if spec.token_kind == "discrete" and (spec.head is not None or spec.vocab_size < 2):
+        raise InvalidInput("discrete tokens need vocab_size >= 2 and no diffusion head")
+    if spec.token_kind == "continuous":
+        if spec.head is None or spec.token_channels < 1:
+            raise InvalidInput("continuous tokens need token_channels >= 1 and a diffusion head")
+        if spec.head.objective not in OBJECTIVES:
+            raise InvalidInput(f"unknown objective {spec.head.objective!r}; known: {', '.join(OBJECTIVES)}")
+
+
+def build(spec: ModelSpec) -> FluidModel:
+    """A model with fresh weights from torch's global generator, on the current default device (`meta` included)."""
+    check(spec)
+    return FluidModel(spec)

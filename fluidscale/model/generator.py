@@ -1,0 +1,86 @@
+"""Drawing images: the order says which tokens come next, the head draws them, guidance compares with and without text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fluidscale.model.build import FluidModel
+from fluidscale.model.draws import ImageDraws
+from fluidscale.model.order import View
+from fluidscale.model.transformer import Text
+from fluidscale.spec import InvalidInput, SamplingSpec
+
+Progress = Callable[[int, int], None]
+
+
+@torch.inference_mode()
+def generate(
+    model: FluidModel, text: Text, sampling: SamplingSpec, seeds: Sequence[int], progress: Progress | None = None
+) -> Tensor:
+    """Tokens, int64 (B, L) or float (B, L, C), for B captions.
+
+    Image i depends on its caption and seeds[i] only, never on the rest of the batch. At guidance 1 there is no
+    unconditional branch; otherwise both branches run as one batch. `progress` is called with (steps done, all steps).
+    Raises InvalidInput for settings that do not fit the model.
+    """
+    batch, length = len(seeds), model.spec.num_tokens
+    if len(text.mask) != batch:
+        raise InvalidInput(f"one seed per caption is needed: got {batch} seeds for {len(text.mask)} captions")
+    if sampling.guidance_schedule not in SCHEDULES:
+        known = ", ".join(SCHEDULES)
+        raise InvalidInput(f"unknown guidance_schedule {sampling.guidance_schedule!r}; known: {known}")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    permutations = torch.stack([torch.randperm(length, generator=rng) for rng in generators])
+    steps = model.order.steps(length, sampling.num_inference_steps, permutations)
+    sample = model.head.sampler(sampling)
+    guided = sampling.guidance_scale != 1
+    text, drop = _branches(text.to(model.device), guided)
+    tokens, known = model.head.blank(batch, length, model.device), torch.zeros(batch, length, dtype=torch.bool)
+    cache = model.trunk.new_cache(length)
+    images = torch.arange(batch)[:, None]
+    for done, written in enumerate(steps):
+        view = model.order.view(known)
+        slots = _slots(view, written) - (cache.length if model.order.causal else 0)
+        seen, shown = (view.twice(), torch.cat([tokens, tokens])) if guided else (view, tokens)
+        z = model(seen, shown, text, drop, cache)
+        z, z_uncond = _at(z, slots, guided)
+        known[images, written] = True
+        scale = SCHEDULES[sampling.guidance_schedule](sampling.guidance_scale, length, int((~known[0]).sum()))
+        drawn = sample(z, z_uncond, scale, ImageDraws(generators, written.shape[1], model.device))
+        index = (images * length + written).flatten().to(model.device)
+        tokens.flatten(0, 1)[index] = drawn.to(tokens.dtype)
+        if progress is not None:
+            progress(done + 1, len(steps))
+    return tokens
+
+
+# MAR's schedules of the guidance scale, from (scale, tokens, tokens still masked after this step). Its last step
+# counts one token as still masked.
+SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
+    "constant": lambda scale, length, masked: scale,
+    "linear": lambda scale, length, masked: 1 + (scale - 1) * (length - max(masked, 1)) / length,
+}
+
+
+def _branches(text: Text, guided: bool) -> tuple[Text, Tensor | None]:
+    """The captions, and behind them for guidance the same captions dropped."""
+    if not guided:
+        return text, None
+    batch = len(text.mask)
+    return text.twice(), torch.arange(2 * batch, device=text.mask.device) >= batch
+
+
+def _slots(view: View, written: Tensor) -> Tensor:
+    """The slots (B, k) that predict the tokens about to be written."""
+    return (view.positions[:, None] == written[:, :, None]).int().argmax(-1)
+
+
+def _at(z: Tensor, slots: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
+    """Rows (B k, d), image-major, of the conditional and, if guided, the unconditional branch."""
+    slots = slots.repeat(2, 1) if guided else slots
+    index = (slots + torch.arange(len(z))[:, None] * z.shape[1]).to(z.device)
+    rows = z.flatten(0, 1)[index.flatten()]
+    return tuple(rows.chunk(2)) if guided else (rows, None)  # type: ignore[return-value]

@@ -1,0 +1,166 @@
+"""The token axis: a head owns both ends of a token, how it is read and how it is predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fluidscale.model.denoiser import Denoiser, step_chunks
+from fluidscale.model.diffusion import OBJECTIVES, likelihood_bound
+from fluidscale.model.draws import ImageDraws
+from fluidscale.model.solvers import StepNetwork, make_solver
+from fluidscale.model.transformer import EMBED_STD, linear, zero_
+from fluidscale.spec import InvalidInput, ModelSpec, SamplingSpec
+
+# Draws a token takes in the likelihood bound; more buy little, since a validation set has thousands of tokens.
+BOUND_DRAWS = 4
+
+# Draws tokens, (M,) int64 or (M, C), from (z (M, d), z_uncond (M, d) or None, guidance, draws).
+Sampler = Callable[[Tensor, Tensor | None, float, ImageDraws], Tensor]
+
+
+class Head(Protocol):
+    """Reads tokens into the trunk and predicts them from z; rows are independent of each other."""
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, L, d) from int64 (B, L) or float (B, L, C)."""
+        ...
+
+    def blank(self, batch: int, length: int, device: torch.device) -> Tensor:
+        """Tokens that are still to be written: zeros of the right shape and type."""
+        ...
+
+    def losses(self, z: Tensor, tokens: Tensor, rng: torch.Generator, stratified: bool = False) -> Tensor:
+        """The training loss (M,) of tokens (M,) or (M, C) given z (M, d).
+
+        `stratified` spreads noise levels over all rows, which takes their chance out of a comparison.
+        """
+        ...
+
+    def nll(self, z: Tensor, tokens: Tensor, rng: torch.Generator) -> Tensor:
+        """Nats per token (M,): exact for codes, an upper bound for continuous tokens."""
+        ...
+
+    def sampler(self, sampling: SamplingSpec) -> Sampler:
+        """Fixes schedules once for all autoregressive steps. Raises InvalidInput for settings that do not fit."""
+        ...
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """u + s (c - u)."""
+    return torch.lerp(unconditional, conditional, scale)
+
+
+class SoftmaxHead(nn.Module):
+    """Codes: an embedding in, a linear classifier out."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.codes = nn.Embedding(spec.vocab_size, spec.width)
+        nn.init.normal_(self.codes.weight, std=EMBED_STD)
+        self.classifier = zero_(nn.Linear(spec.width, spec.vocab_size))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.codes(tokens)
+
+    def blank(self, batch: int, length: int, device: torch.device) -> Tensor:
+        return torch.zeros(batch, length, dtype=torch.long, device=device)
+
+    def losses(self, z: Tensor, tokens: Tensor, rng: torch.Generator, stratified: bool = False) -> Tensor:
+        return F.cross_entropy(self.classifier(z).float(), tokens.long(), reduction="none")
+
+    def nll(self, z: Tensor, tokens: Tensor, rng: torch.Generator) -> Tensor:
+        return self.losses(z, tokens, rng)
+
+    def sampler(self, sampling: SamplingSpec) -> Sampler:
+        if sampling.solver != "none":
+            raise InvalidInput(f"codes are drawn without a solver: solver must be none, got {sampling.solver!r}")
+        return partial(self._sample, _temperature(sampling))
+
+    def _sample(self, temperature: float, z: Tensor, z_uncond: Tensor | None, guidance: float,
+                draws: ImageDraws) -> Tensor:  # fmt: skip
+        if z_uncond is None:
+            logits = self.classifier(z).float()
+        else:
+            logits = guide(*self.classifier(torch.cat([z, z_uncond])).float().chunk(2), guidance)
+        if temperature == 0:
+            return logits.argmax(-1)
+        cumulative = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
+        # One uniform a token; scaled by the total, so that rounding of the sum leaves no gap at the end.
+        threshold = draws.uniform()[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+class DiffusionHead(nn.Module):
+    """Continuous tokens: a linear map in, MAR's denoising MLP out."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        assert spec.head is not None
+        self.channels, self.repeats = spec.token_channels, spec.head.noise_repeats
+        self.objective = OBJECTIVES[spec.head.objective]()
+        outputs = self.objective.outputs_per_channel * spec.token_channels
+        self.inward = linear(spec.token_channels, spec.width)
+        self.denoiser = Denoiser(spec.token_channels, outputs, spec.width, spec.head.width, spec.head.num_blocks)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.inward(tokens.to(self.inward.weight.dtype))
+
+    def blank(self, batch: int, length: int, device: torch.device) -> Tensor:
+        return torch.zeros(batch, length, self.channels, device=device)
+
+    def losses(self, z: Tensor, tokens: Tensor, rng: torch.Generator, stratified: bool = False) -> Tensor:
+        return self.objective.losses(partial(self.denoiser, z=z), tokens, self.repeats, rng, stratified)
+
+    def nll(self, z: Tensor, tokens: Tensor, rng: torch.Generator) -> Tensor:
+        return likelihood_bound(self.objective, partial(self.denoiser, z=z), tokens, BOUND_DRAWS, rng)
+
+    def sampler(self, sampling: SamplingSpec) -> Sampler:
+        solver = make_solver(sampling.solver, self.objective, sampling.num_denoising_steps)
+        temperature = _temperature(sampling)
+        times = self.denoiser.embed_time(solver.times.float().to(self.inward.weight.device))
+
+        def sample(z: Tensor, z_uncond: Tensor | None, guidance: float, draws: ImageDraws) -> Tensor:
+            network = self._bind(z, z_uncond, guidance, times)
+            return solver.solve(network, draws.normal(solver.num_noises, self.channels), temperature)
+
+        return sample
+
+    def _bind(self, z: Tensor, z_uncond: Tensor | None, guidance: float, times: Tensor) -> StepNetwork:
+        """The guided network of these tokens: z projected once, AdaLN rows computed for many steps at a time."""
+        condition = self.denoiser.condition(z if z_uncond is None else torch.cat([z, z_uncond]))
+        per_step = len(condition) * self.denoiser.adaln.out_features
+        chunks = {chunk.start: chunk for chunk in step_chunks(len(times), per_step)}
+        rows: list[Tensor] = []
+
+        def network(x: Tensor, step: int) -> Tensor:
+            if step in chunks:
+                later = times[chunks[step].start : chunks[step].stop, None]
+                rows[:] = reversed(self.denoiser.modulate(condition + later).unbind())
+            modulation = rows.pop()
+            if z_uncond is None:
+                return self.denoiser.denoise(x, modulation)
+            # Both branches denoise the same tokens; the learned variance is the conditional one's (MAR).
+            cond, uncond = self.denoiser.denoise(torch.cat([x, x]), modulation).chunk(2)
+            guided = guide(cond[:, : self.channels], uncond[:, : self.channels], guidance)
+            return torch.cat([guided, cond[:, self.channels :]], dim=-1)
+
+        return network
+
+
+def _temperature(sampling: SamplingSpec) -> float:
+    if not sampling.temperature >= 0:
+        raise InvalidInput(f"temperature must be at least 0, got {sampling.temperature}")
+    return sampling.temperature
+
+
+# One entry a head, by ModelSpec.token_kind.
+HEADS: dict[str, Callable[[ModelSpec], SoftmaxHead | DiffusionHead]] = {
+    "discrete": SoftmaxHead,
+    "continuous": DiffusionHead,
+}

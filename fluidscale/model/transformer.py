@@ -1,0 +1,268 @@
+"""One transformer for all arms: a text encoder, and pre-norm blocks of self-attention, cross-attention to text and MLP.
+
+Parameters per block of width d: 4 d^2 self-attention, 4 d^2 cross-attention, 2 r d^2 MLP (r = 4); the aligner's blocks
+have no cross-attention: 12 d^2. That is the count which explains Fluid's reported sizes (arXiv 2410.13863, Table 1).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fluidscale.model.order import View
+from fluidscale.spec import ModelSpec
+
+# MAR (arXiv 2406.11838).
+NORM_EPS = 1e-6
+EMBED_STD = 0.02
+# RoPE for vision, axial form (arXiv 2403.13298): images are short sequences, so its base is 100 and not 10000.
+ROTARY_BASE = 100.0
+
+
+@dataclass(frozen=True)
+class Text:
+    """A batch of captions: word ids int64 (B, T) (0 = padding) or features float (B, T, text_width), mask bool (B, T)."""
+
+    values: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device) -> Text:
+        return Text(self.values.to(device, non_blocking=True), self.mask.to(device, non_blocking=True))
+
+    def twice(self) -> Text:
+        """The batch repeated once: the conditional and the unconditional branch of guidance."""
+        return Text(torch.cat([self.values, self.values]), torch.cat([self.mask, self.mask]))
+
+
+@dataclass
+class LayerCache:
+    """Keys and values that one block keeps between sampling steps, each (B, heads, length, head dim)."""
+
+    text: tuple[Tensor, Tensor] | None = None
+    own: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, keys: Tensor, values: Tensor, past: int, capacity: int) -> tuple[Tensor, Tensor]:
+        """Writes the new slots behind `past` earlier ones and returns all of them."""
+        if self.own is None:
+            batch, heads, _, size = keys.shape
+            self.own = (keys.new_empty(batch, heads, capacity, size), keys.new_empty(batch, heads, capacity, size))
+        end = past + keys.shape[2]
+        self.own[0][:, :, past:end] = keys
+        self.own[1][:, :, past:end] = values
+        return self.own[0][:, :, :end], self.own[1][:, :, :end]
+
+
+@dataclass
+class Cache:
+    """What sampling keeps between steps: the encoded text always, the slots already passed if the order is causal."""
+
+    capacity: int
+    layers: list[LayerCache]
+    memory: Text | None = None
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the slots stand, and who may see whom; the same for every block of one forward pass."""
+
+    causal: bool
+    past: int = 0
+    capacity: int = 0
+    positions: Tensor | None = None  # (1 or B, S): given where each block has its own position table
+    rotary: tuple[Tensor, Tensor] | None = None  # (1 or B, S, 1, 1, head dim)
+    mask: Tensor | None = field(default=None)  # bool (B, 1, 1, S): keys that exist
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """Xavier-uniform weight, zero bias (MAR)."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def table(*shape: int) -> nn.Parameter:
+    """A learned vector, or a table of them, from N(0, .02)."""
+    return nn.Parameter(torch.empty(*shape).normal_(std=EMBED_STD))
+
+
+def zero_(layer: nn.Linear) -> nn.Linear:
+    """Starts a layer at zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; `num_positions` > 0 gives it a learned position table on queries and keys, and RoPE."""
+
+    def __init__(self, width: int, num_heads: int, num_positions: int = 0) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.out = linear(width, 3 * width), linear(width, width)
+        self.position = table(num_positions, 2 * width) if num_positions else None
+
+    def forward(self, x: Tensor, place: Place, cache: LayerCache | None = None) -> Tensor:
+        batch, slots, width = x.shape
+        heads = self.qkv(x).view(batch, slots, 3, self.num_heads, width // self.num_heads)
+        if self.position is None or place.positions is None or place.rotary is None:
+            q, k, v = heads.permute(2, 0, 3, 1, 4)
+        else:
+            learned = F.embedding(place.positions, self.position)
+            qk = heads[:, :, :2] + learned.view(-1, slots, 2, *heads.shape[3:])
+            q, k = _rotate(qk, *place.rotary).permute(2, 0, 3, 1, 4)
+            v = heads[:, :, 2].transpose(1, 2)
+        if place.causal and cache is not None:
+            k, v = cache.extend(k, v, place.past, place.capacity)
+        mixed = self._attend(q, k, v, place)
+        return self.out(mixed.transpose(1, 2).reshape(batch, slots, width))
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
+        if not place.causal:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=place.mask)
+        if place.past == 0:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(place.past)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible if q.shape[2] > 1 else None)
+
+
+class CrossAttention(nn.Module):
+    """Image slots attend to text; the text's keys and values are computed once per image when sampling."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.kv, self.out = linear(width, width), linear(width, 2 * width), linear(width, width)
+
+    def forward(self, x: Tensor, text: Text, cache: LayerCache | None = None) -> Tensor:
+        batch, slots, width = x.shape
+        q = self.q(x).view(batch, slots, self.num_heads, -1).transpose(1, 2)
+        if cache is not None and cache.text is not None:
+            k, v = cache.text
+        else:
+            k, v = self.kv(text.values).view(batch, -1, 2, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
+            if cache is not None:
+                cache.text = (k, v)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=text.mask[:, None, None])
+        return self.out(mixed.transpose(1, 2).reshape(batch, slots, width))
+
+
+class Block(nn.Module):
+    """A pre-norm residual block; without `cross` it is a block of the text aligner."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: int, cross: bool, num_positions: int = 0) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attention = SelfAttention(width, num_heads, num_positions)
+        self.cross_norm = nn.LayerNorm(width, eps=NORM_EPS) if cross else None
+        self.cross = CrossAttention(width, num_heads) if cross else None
+        self.mlp_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = nn.Sequential(linear(width, mlp_ratio * width), nn.GELU(), linear(mlp_ratio * width, width))
+
+    def forward(self, x: Tensor, place: Place, text: Text | None = None, cache: LayerCache | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), place, cache)
+        if self.cross is not None and self.cross_norm is not None and text is not None:
+            x = x + self.cross(self.cross_norm(x), text, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class TextEncoder(nn.Module):
+    """Words or frozen features to what the image attends to: projection, positions, aligner blocks; and the null text."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.words = nn.Embedding(spec.text_vocab_size, spec.text_width) if spec.text_vocab_size else None
+        if self.words is not None:
+            nn.init.normal_(self.words.weight, std=EMBED_STD)
+        self.project = linear(spec.text_width, spec.width)
+        self.position = table(spec.text_length, spec.width)
+        self.blocks = nn.ModuleList(
+            Block(spec.width, spec.num_heads, spec.mlp_ratio, cross=False) for _ in range(spec.aligner_depth)
+        )
+        self.norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
+        self.null = table(spec.width)
+
+    def forward(self, text: Text, drop: Tensor | None) -> Text:
+        """Features (B, T, width) and their mask; a dropped or empty caption becomes the null vector at every place."""
+        empty = ~text.mask.any(1, keepdim=True)
+        if drop is not None:
+            empty = empty | drop[:, None]
+        # Attending to one vector T times equals attending to it once, and no row is left without a key.
+        mask = text.mask | empty
+        values = text.values if self.words is None else self.words(text.values.long())
+        x = self.project(values.to(self.project.weight.dtype)) + self.position[: mask.shape[1]]
+        place = Place(causal=False, mask=mask[:, None, None])
+        for block in self.blocks:
+            x = block(x, place)
+        x = self.norm(x)
+        return Text(torch.where(empty[..., None], self.null.to(x.dtype), x), mask)
+
+
+class Trunk(nn.Module):
+    """The image transformer: embedded tokens in, one vector z per slot out."""
+
+    def __init__(self, spec: ModelSpec, causal: bool) -> None:
+        super().__init__()
+        self.causal, self.grid, self.head_dim = causal, spec.grid, spec.width // spec.num_heads
+        everywhere = spec.num_tokens if spec.position == "every_layer" else 0
+        self.special = table(2, spec.width)  # read by START and MASK
+        self.position = table(spec.num_tokens, spec.width)
+        self.blocks = nn.ModuleList(
+            Block(spec.width, spec.num_heads, spec.mlp_ratio, cross=True, num_positions=everywhere)
+            for _ in range(spec.depth)
+        )
+        self.norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
+        self.rotary = bool(everywhere)
+
+    def forward(self, embedded: Tensor, view: View, text: Text, cache: Cache | None = None) -> Tensor:
+        """z (B, S, d) from embedded tokens (B, L, d). With a cache and a causal order, of the new slots only."""
+        past = cache.length if cache is not None and self.causal else 0
+        view = view.since(past)
+        positions = view.distinct_positions.to(embedded.device, non_blocking=True)
+        x = self._read(embedded, view.reads) + F.embedding(positions, self.position)
+        place = Place(self.causal, past, cache.capacity if cache is not None else 0)
+        if self.rotary:
+            angles = rotary_table(self.grid, self.head_dim, x.device)
+            cos, sin = (t[positions][:, :, None, None] for t in angles)
+            place = Place(self.causal, past, place.capacity, positions, (cos, sin))
+        for i, block in enumerate(self.blocks):
+            x = block(x, place, text, cache.layers[i] if cache is not None else None)
+        if cache is not None:
+            cache.length = past + x.shape[1]
+        return self.norm(x)
+
+    def _read(self, embedded: Tensor, reads: Tensor) -> Tensor:
+        batch, length, width = embedded.shape
+        # One table of all tokens of the batch, then START and MASK (-1 and -2 count from its end, mirrored).
+        rows = torch.cat([embedded.reshape(batch * length, width), self.special.flip(0).to(embedded.dtype)])
+        offsets = torch.arange(batch, device=reads.device)[:, None] * length
+        index = torch.where(reads >= 0, reads + offsets, reads + len(rows))
+        return F.embedding(index.to(embedded.device, non_blocking=True), rows)
+
+    def new_cache(self, capacity: int) -> Cache:
+        return Cache(capacity, [LayerCache() for _ in self.blocks])
+
+
+@functools.cache
+def rotary_table(grid: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines (grid * grid, head dim): half of the pairs turn with the row, half with the column."""
+    pairs = head_dim // 4
+    frequency = ROTARY_BASE ** (-torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs)
+    place = torch.arange(grid, dtype=torch.float64, device="cpu")
+    row = (place[:, None] * frequency)[:, None].expand(grid, grid, pairs)
+    column = (place[:, None] * frequency)[None].expand(grid, grid, pairs)
+    angle = torch.cat([row, column], dim=-1).reshape(grid * grid, 2 * pairs)
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    signed = torch.cat([-sin, sin], dim=-1)
+    return torch.cat([cos, cos], dim=-1).float().to(device), signed.float().to(device)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    # Channel i turns with channel i + half; the sine carries the sign, so a roll is the partner's channel.
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
