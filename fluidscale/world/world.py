@@ -12,7 +12,7 @@ import numpy as np
 
 from fluidscale.spec import InvalidInput, WorldSpec, digest
 from fluidscale.world.backgrounds import BACKGROUNDS, fitting
-from fluidscale.world.captions import TAGS, TEXT_LENGTH, Content, Vocabulary, metadata
+from fluidscale.world.captions import RELATIONS, TAGS, TEXT_LENGTH, Content, Vocabulary, metadata
 from fluidscale.world.classes import CLASSES, COLORS
 from fluidscale.world.combinations import Combinations
 from fluidscale.world.layouts import layouts
@@ -43,6 +43,11 @@ class World:
         self._words = Vocabulary(spec)
         self._combinations = Combinations(spec)
         self._layouts: dict[tuple[int, str | None, tuple[str, ...]], np.ndarray] = {}
+        # All but the barred ones at once: a world whose icons do not fit is refused here, not after hours.
+        for count in range(1, spec.max_objects + 1):
+            self._places(count, None, ())
+        for relation in RELATIONS:
+            self._places(2, relation, ())
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -132,13 +137,16 @@ class World:
         numbers = self._combinations.numbers(tag, split)
         return self._place(self._combinations.content(tag, numbers[int(draws[1] * len(numbers))]), draws)
 
+    def _places(self, count: int, relation: str | None, barred: tuple[str, ...]) -> np.ndarray:
+        key = (count, relation, barred)
+        if key not in self._layouts:
+            self._layouts[key] = layouts(self.spec, *key)
+        return self._layouts[key]
+
     def _place(self, content: Content, draws: np.ndarray) -> Scene:
         """Gives a content places, sizes, rotations and a background from uniform numbers."""
         count = len(content.objects)
-        key = (count, content.relation, self._combinations.barred(content))
-        if key not in self._layouts:
-            self._layouts[key] = layouts(self.spec, *key)
-        places = self._layouts[key]
+        places = self._places(count, content.relation, self._combinations.barred(content))
         base, jitter = self.spec.icon_sizes[count - 1], self.spec.size_jitter
         small, large = math.ceil(base * (1 - jitter)), math.floor(base * (1 + jitter))
         turns = int(self.spec.rotation_degrees // _TURN)
