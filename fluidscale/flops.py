@@ -17,7 +17,7 @@ _LEVELS = {"eps": 1000, "v": 256, "flow": 256}
 
 
 def params(spec: ModelSpec) -> dict[str, int]:
-    """Parameters: embed (tokens and positions at the input), text (words, projection, aligner, null), body, head, total."""
+    """Parameters: embed (tokens, input positions), text (words, projection, aligner, null), body, head, total."""
     d, tokens = spec.width, spec.num_tokens
     embed = (2 + tokens) * d + (spec.vocab_size * d if spec.head is None else _linear(spec.token_channels, d))
     aligner = spec.aligner_depth * _block(spec, cross=False, positions=0)

@@ -34,7 +34,7 @@ class FluidModel(nn.Module):
     ) -> Tensor:
         """z (B, S, d) for every slot of the view; `drop` bool (B,) replaces a sample's text by the null.
 
-        With a cache the text is encoded once, and a causal order returns z of the slots that are new since the last call.
+        With a cache the text is encoded once, and a causal order returns z of the slots new since the last call.
         """
         memory = cache.memory if cache is not None else None
         if memory is None:
@@ -48,7 +48,7 @@ class FluidModel(nn.Module):
         self, tokens: Tensor, text: Text, view: View, rng: torch.Generator, drop: Tensor | None = None,
         stratified: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The training loss of each slot, float32 (B, S), 0 where it does not count, and where it counts, bool (B, S)."""
+        """Each slot's training loss, float32 (B, S), 0 where it does not count; and where it counts, bool (B, S)."""
         tokens = tokens.to(self.device, non_blocking=True)
         rows, z, targets = self._counted(tokens, text, view, drop)
         scores = self.head.losses(z, targets, rng, stratified)

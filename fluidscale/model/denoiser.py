@@ -76,7 +76,7 @@ class Denoiser(nn.Module):
         return self.output(x).float()
 
     def forward(self, x: Tensor, times: Tensor, which: Tensor, z: Tensor) -> Tensor:
-        """Predictions (M, R, outputs) for x (M, R, channels) at noise levels times[which], which (M, R), given z (M, d).
+        """Predictions (M, R, outputs) for x (M, R, channels) at levels times[which], which (M, R), given z (M, d).
 
         z is projected once and not once per repeat; equal noise levels are embedded once.
         """

@@ -155,7 +155,7 @@ class Flow(_ContinuousTime):
 
 @functools.cache
 def cosine_betas() -> np.ndarray:
-    """MAR's betas (1000,), float64: 1 - abar(t + 1) / abar(t), abar = cos^2((t + .008) / 1.008 pi / 2), at most .999."""
+    """MAR's betas (1000,): 1 - abar(t + 1) / abar(t), at most .999, with abar = cos^2((t + .008) / 1.008 pi / 2)."""
     edges = np.arange(TIME_STEPS + 1) / TIME_STEPS
     alpha_bar = np.cos((edges + 0.008) / 1.008 * math.pi / 2) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
@@ -194,7 +194,7 @@ def posterior(betas: np.ndarray) -> Posterior:
 
 @functools.cache
 def _eps_table(device: torch.device) -> Tensor:
-    """(1000, 4) float32: sqrt(abar), sqrt(1 - abar), log_max - log_min, and what a squared noise error weighs in the KL."""
+    """(1000, 4) float32: sqrt(abar), sqrt(1 - abar), log_max - log_min, and the weight of a squared noise error."""
     chain = posterior(cosine_betas())
     # The means differ by clean * (sigma / alpha) * (predicted - true noise).
     weight = chain.clean**2 * (1 - chain.alpha_bar) / chain.alpha_bar / np.exp(chain.log_min)
@@ -213,19 +213,18 @@ class Epsilon:
         # log-SNR falls with time; a clean token (log-SNR infinite) stands at index -1.
         self._log_snr = np.log(chain.alpha_bar / (1 - chain.alpha_bar))
         # Above this time alpha is so small that a prediction error is blown up: solvers start at log-SNR -4.5.
-        self.start = (float(self._index(torch.tensor(-4.5, dtype=torch.float64))) + 1) / TIME_STEPS
+        self.start = (float(self._index(np.array(-4.5))) + 1) / TIME_STEPS
 
-    def _index(self, log_snr: Tensor) -> Tensor:
-        index = np.interp(-log_snr.numpy(), -self._log_snr, np.arange(TIME_STEPS))
-        return torch.as_tensor(index, dtype=torch.float64)
+    def _index(self, log_snr: np.ndarray) -> np.ndarray:
+        return np.interp(-log_snr, -self._log_snr, np.arange(TIME_STEPS))
 
     def at_log_snr(self, log_snr: Tensor) -> Level:
-        log_snr = log_snr.cpu()
-        return Level(self._index(log_snr), torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt())
+        time = torch.from_numpy(self._index(log_snr.cpu().numpy())).to(log_snr.device)
+        return Level(time, torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt())
 
     def at_time(self, u: Tensor) -> Level:
-        index = u.cpu() * TIME_STEPS - 1
-        return self.at_log_snr(torch.as_tensor(np.interp(index.numpy(), np.arange(TIME_STEPS), self._log_snr)))
+        log_snr = np.interp(u.cpu().numpy() * TIME_STEPS - 1, np.arange(TIME_STEPS), self._log_snr)
+        return self.at_log_snr(torch.from_numpy(log_snr).to(u.device))
 
     def to_clean(self, x: Tensor, output: Tensor, alpha: float, sigma: float) -> Tensor:
         return (x - sigma * output[..., : x.shape[-1]]) / alpha
@@ -305,7 +304,7 @@ def likelihood_bound(objective: Objective, network: Network, x: Tensor, repeats:
     noisy = torch.addcmul(alpha * clean, sigma, noise)
     predicted = objective.to_noise(noisy, network(noisy, times, which), alpha, sigma)
     diffusion = 0.5 * (high - low) * (predicted - noise).square().sum(2).mean(1)
-    ends = objective.at_log_snr(torch.tensor([low, high], dtype=torch.float64))
+    ends = objective.at_log_snr(torch.tensor([low, high], dtype=torch.float64, device="cpu"))
     signal, spread_ = float(ends.alpha[0]) ** 2, float(ends.sigma[0]) ** 2
     prior = 0.5 * (signal * x.float().square() + spread_ - 1 - math.log(spread_)).sum(1)
     # E |x - x_t / alpha|^2 = C sigma^2 / alpha^2, so the reconstruction term is known without a draw.

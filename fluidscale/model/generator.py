@@ -1,4 +1,4 @@
-"""Drawing images: the order says which tokens come next, the head draws them, guidance compares with and without text."""
+"""Drawing images: the order says which tokens come next, the head draws them, guidance compares two branches."""
 
 from __future__ import annotations
 

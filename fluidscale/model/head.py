@@ -80,20 +80,22 @@ class SoftmaxHead(nn.Module):
     def sampler(self, sampling: SamplingSpec) -> Sampler:
         if sampling.solver != "none":
             raise InvalidInput(f"codes are drawn without a solver: solver must be none, got {sampling.solver!r}")
-        return partial(self._sample, _temperature(sampling))
+        temperature = _temperature(sampling)
 
-    def _sample(self, temperature: float, z: Tensor, z_uncond: Tensor | None, guidance: float,
-                draws: ImageDraws) -> Tensor:  # fmt: skip
-        if z_uncond is None:
-            logits = self.classifier(z).float()
-        else:
-            logits = guide(*self.classifier(torch.cat([z, z_uncond])).float().chunk(2), guidance)
-        if temperature == 0:
-            return logits.argmax(-1)
-        cumulative = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
-        # One uniform a token; scaled by the total, so that rounding of the sum leaves no gap at the end.
-        threshold = draws.uniform()[:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+        def sample(z: Tensor, z_uncond: Tensor | None, guidance: float, draws: ImageDraws) -> Tensor:
+            if z_uncond is None:
+                logits = self.classifier(z).float()
+            else:
+                conditional, unconditional = self.classifier(torch.cat([z, z_uncond])).float().chunk(2)
+                logits = guide(conditional, unconditional, guidance)
+            if temperature == 0:
+                return logits.argmax(-1)
+            cumulative = torch.softmax(logits / temperature, dim=-1).cumsum(-1)
+            # One uniform a token; scaled by the total, so that rounding of the sum leaves no gap at the end.
+            threshold = draws.uniform()[:, None] * cumulative[:, -1:]
+            return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+        return sample
 
 
 class DiffusionHead(nn.Module):

@@ -135,12 +135,12 @@ class Random:
 
 
 def group_sizes(length: int, num_steps: int) -> list[int]:
-    """Tokens written at each step: after step s, floor(L cos(pi/2 (s+1)/K)) stay masked, at least one a step is written.
+    """Tokens written at each step: after step s floor(L cos(pi/2 (s+1)/K)) stay masked; at least one a step is written.
 
     Source: MAR's sampling code (arXiv 2406.11838), after MaskGIT. Raises InvalidInput unless 1 <= num_steps <= length.
     """
     if not 1 <= num_steps <= length:
-        raise InvalidInput(f"num_inference_steps must be between 1 and {length} (the number of tokens), got {num_steps}")
+        raise InvalidInput(f"num_inference_steps must be 1 to {length} (the number of tokens), got {num_steps}")
     sizes, masked = [], length
     for step in range(num_steps):
         left = math.floor(length * math.cos(math.pi / 2 * (step + 1) / num_steps)) if step + 1 < num_steps else 0

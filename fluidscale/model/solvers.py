@@ -8,8 +8,8 @@
 | `dpmpp_2m` | eps (clamped), v, flow: DPM-Solver++(2M) (arXiv 2211.01095) in even log-SNR steps | the initial noise |
 | `euler` | flow | the initial noise |
 
-`ddpm` diverges on an undertrained head: alpha_bar of its first step is 2.4e-9, so that an error of the predicted noise is
-multiplied by 2e4 in the predicted token.
+`ddpm` diverges on an undertrained head: alpha_bar of its first step is 2.4e-9, so that an error of the predicted noise
+is multiplied by 2e4 in the predicted token.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _ddpm_clamped(objective: Objective, num_steps: int) -> Solver:
 
 def _ddim(objective: Objective, num_steps: int) -> Solver:
     """Even steps of native time. On the straight path this is Euler's method for the velocity."""
-    u = objective.start * (1 - torch.arange(num_steps, dtype=torch.float64) / num_steps)
+    u = objective.start * (1 - torch.arange(num_steps, dtype=torch.float64, device="cpu") / num_steps)
     level = objective.at_time(u)
     points = _points(level)
     clamp = _clamp(objective)
@@ -112,7 +112,7 @@ def _ddim(objective: Objective, num_steps: int) -> Solver:
 
 
 def _dpmpp_2m(objective: Objective, num_steps: int) -> Solver:
-    log_snr = torch.linspace(LOG_SNR_START, LOG_SNR_STOP, num_steps, dtype=torch.float64)
+    log_snr = torch.linspace(LOG_SNR_START, LOG_SNR_STOP, num_steps, dtype=torch.float64, device="cpu")
     level = objective.at_log_snr(log_snr)
     points = _points(level)
     shrink = math.exp(-(LOG_SNR_STOP - LOG_SNR_START) / 2 / max(num_steps - 1, 1))

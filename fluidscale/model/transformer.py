@@ -25,7 +25,7 @@ ROTARY_BASE = 100.0
 
 @dataclass(frozen=True)
 class Text:
-    """A batch of captions: word ids int64 (B, T) (0 = padding) or features float (B, T, text_width), mask bool (B, T)."""
+    """Captions: word ids int64 (B, T) (0 = padding) or features float (B, T, text_width), and a mask bool (B, T)."""
 
     values: Tensor
     mask: Tensor
@@ -99,7 +99,7 @@ def zero_(layer: nn.Linear) -> nn.Linear:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; `num_positions` > 0 gives it a learned position table on queries and keys, and RoPE."""
+    """Multi-head self-attention; `num_positions` > 0 gives queries and keys a learned position table and RoPE."""
 
     def __init__(self, width: int, num_heads: int, num_positions: int = 0) -> None:
         super().__init__()
@@ -109,14 +109,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, place: Place, cache: LayerCache | None = None) -> Tensor:
         batch, slots, width = x.shape
-        heads = self.qkv(x).view(batch, slots, 3, self.num_heads, width // self.num_heads)
-        if self.position is None or place.positions is None or place.rotary is None:
-            q, k, v = heads.permute(2, 0, 3, 1, 4)
-        else:
+        qk, v = self.qkv(x).split([2 * width, width], dim=-1)
+        qk = qk.view(batch, slots, 2, self.num_heads, -1)
+        if self.position is not None and place.positions is not None and place.rotary is not None:
             learned = F.embedding(place.positions, self.position)
-            qk = heads[:, :, :2] + learned.view(-1, slots, 2, *heads.shape[3:])
-            q, k = _rotate(qk, *place.rotary).permute(2, 0, 3, 1, 4)
-            v = heads[:, :, 2].transpose(1, 2)
+            qk = _rotate(qk + learned.view(-1, *qk.shape[1:]), *place.rotary)
+        q, k = qk.permute(2, 0, 3, 1, 4)
+        v = v.view(batch, slots, self.num_heads, -1).transpose(1, 2)
         if place.causal and cache is not None:
             k, v = cache.extend(k, v, place.past, place.capacity)
         mixed = self._attend(q, k, v, place)
@@ -146,7 +145,8 @@ class CrossAttention(nn.Module):
         if cache is not None and cache.text is not None:
             k, v = cache.text
         else:
-            k, v = self.kv(text.values).view(batch, -1, 2, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
+            heads = self.kv(text.values).view(batch, -1, 2, self.num_heads, width // self.num_heads)
+            k, v = heads.permute(2, 0, 3, 1, 4)
             if cache is not None:
                 cache.text = (k, v)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=text.mask[:, None, None])
@@ -173,7 +173,7 @@ class Block(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Words or frozen features to what the image attends to: projection, positions, aligner blocks; and the null text."""
+    """Words or frozen features to what the image attends to: projection, positions, aligner blocks; the null text."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
