@@ -181,9 +181,7 @@ def canonical(value: Any) -> Any:
             for f in fields(value)
             if not (f.name in later and getattr(value, f.name) == f.default)
         }
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, int):
+    if value is None or isinstance(value, (bool, str, int)):
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
@@ -192,6 +190,8 @@ def canonical(value: Any) -> Any:
         return int(value) if value.is_integer() and abs(value) < 2**53 else value
     if isinstance(value, (tuple, list)):
         return [canonical(v) for v in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: canonical(item) for key, item in value.items()}
     raise TypeError(f"{type(value).__name__} has no canonical form")
 
 

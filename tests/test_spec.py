@@ -84,4 +84,8 @@ def test_three_ids_are_pinned():
     assert [run.id for run in runs] == PINNED
 
 
-PINNED = []
+PINNED = [
+    "discrete-raster-1M-cc7395db11",
+    "continuous-random-1M-00e27fb2ea",
+    "continuous-random-1M-4f146ece85",
+]

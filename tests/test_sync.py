@@ -1,0 +1,107 @@
+"""The MLflow mirror against a real store: number for number, one run per spec, a dead tracker harms nothing."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fluidscale.folder import RunFolder
+from fluidscale.record import Placement, write_json
+from fluidscale.run import run
+from fluidscale.sync import level, main
+
+OFTEN = Placement(device="cpu", checkpoint_steps=5)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_spec):
+    folder = tmp_path_factory.mktemp("runs")
+    spec = tiny_spec("discrete-raster", steps=60, decay_steps=15)
+    run(spec, folder / spec.id, OFTEN)
+    write_json(folder / "sweeps" / "mine.json", {"sweep": "mine", "runs": [spec.id]})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mirror(runs):
+    from fluidscale.train.tracking import Mirror
+
+    return Mirror(runs)
+
+
+def only_run(mirror):
+    found = mirror._client.search_runs([mirror.experiment("mine")])
+    assert len(found) == 1
+    return found[0]
+
+
+def history(mirror, key):
+    """The value that counts at each step: the latest written."""
+    points = mirror._client.get_metric_history(only_run(mirror).info.run_id, key)
+    return {p.step: p.value for p in sorted(points, key=lambda p: p.timestamp)}
+
+
+def test_the_store_equals_the_files_number_for_number(runs, mirror):
+    assert level(mirror, runs) == 0
+    run_dir = next(runs.glob("discrete-*"))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for key in ("train_loss", "lr", "grad_norm", "images_per_s"):
+        assert history(mirror, key) == {line["step"]: line[key] for line in lines}
+    record = RunFolder(run_dir).record
+    stored = only_run(mirror)
+    assert stored.data.metrics["val_loss"] == record["val_loss"]
+    assert stored.data.metrics["val_loss_se"] == record["val_loss_se"]
+    assert stored.info.status == "FINISHED"
+    assert stored.data.params["train.lr"] == str(0.004)
+    names = {a.path for a in mirror._client.list_artifacts(stored.info.run_id)}
+    assert {"spec.json", "record.json", "log.txt"} <= names
+
+
+def test_a_second_pass_sends_nothing_and_a_lost_state_file_finds_its_run_again(runs, mirror):
+    level(mirror, runs)
+    run_dir = next(runs.glob("discrete-*"))
+    assert mirror.push(run_dir, "mine") is False
+    (run_dir / "mlflow.json").unlink()
+    level(mirror, runs)
+    assert only_run(mirror).data.tags["run_id"] == run_dir.name
+
+
+def test_a_repeated_step_counts_once_with_its_later_value(runs, mirror):
+    level(mirror, runs)
+    folder = RunFolder(next(runs.glob("discrete-*")))
+    before = folder.metrics.read_text()
+    last = json.loads(before.splitlines()[-1])
+    folder.append_metrics({**last, "images_per_s": 123.0, "time": time.time()})
+    level(mirror, runs)
+    assert history(mirror, "images_per_s")[last["step"]] == 123.0
+    folder.metrics.write_text(before)
+
+
+def test_a_rebuilt_store_equals_the_first(runs, mirror, tmp_path):
+    from fluidscale.train.tracking import Mirror
+
+    level(mirror, runs)
+    fresh = Mirror(runs, f"sqlite:///{tmp_path / 'other.db'}")
+    level(fresh, runs)
+    assert history(fresh, "train_loss") == history(mirror, "train_loss")
+    assert only_run(fresh).data.params == only_run(mirror).data.params
+    level(mirror, runs)
+
+
+def test_a_server_that_is_not_there_is_said_and_harms_nothing(runs):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "fluidscale.sync", str(runs), "--tracking-uri", f"http://127.0.0.1:{port}"]
+    environment = {**os.environ, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert answer.returncode == 1 and "not mirrored" in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path, capsys):
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "no such folder" in capsys.readouterr().err
