@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from fluidscale.folder import RunFolder
 from fluidscale.record import varying, write_atomic
@@ -70,19 +70,23 @@ def _row(spec: RunSpec, sweep: str, runs_dir: Path, varied: dict[str, Any]) -> d
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
-    # Objects, so that an integer column with a gap stays integers and floats keep every digit.
-    table = pd.DataFrame(rows, dtype=object)
-    middle = [name for name in table.columns if name not in (*_FIRST, *_LAST)]
-    return table.reindex(columns=[*_FIRST, *middle, *_LAST]).to_csv(index=False)
+    names = dict.fromkeys(name for row in rows for name in row)
+    middle = [name for name in names if name not in (*_FIRST, *_LAST)]
+    text = io.StringIO()
+    # A float is written with every digit that it has; what was not measured is empty.
+    writer = csv.DictWriter(text, [*_FIRST, *middle, *_LAST], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _run_ids(table: Path) -> list[str]:
     if not table.exists():
         return []
     try:
-        return [str(run_id) for run_id in pd.read_csv(table, usecols=["run_id"])["run_id"]]
-    except ValueError as error:
-        raise InvalidInput(f"{table}: not a results table ({error}); move it away") from error
+        return [row["run_id"] for row in csv.DictReader(io.StringIO(table.read_text()))]
+    except (KeyError, UnicodeDecodeError) as error:
+        raise InvalidInput(f"{table}: not a results table of ours (no column run_id); move it away") from error
 
 
 def _copy_samples(specs: list[RunSpec], runs_dir: Path, out: Path) -> None:

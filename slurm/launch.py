@@ -32,6 +32,7 @@ from fluidscale.spec import InvalidInput
 from fluidscale.sweep import load_sweep
 from slurm import claim, collect, layout, plan, status
 from slurm.live import Bars, PlainLines
+from slurm.mirror import Mirror
 from slurm.placement import CLUSTERS, choose
 
 if TYPE_CHECKING:
@@ -183,14 +184,15 @@ def _supervise(planned: plan.Plan, workers: Workers, console: Console) -> int | 
 
     number = planned.machine.workers
     view = Bars(number, console) if console.is_terminal else PlainLines(number, lambda line: print(line, flush=True))
-    with local.catching_signals() as stop:
+    with local.catching_signals() as stop, Mirror(workers.runs_dir) as mirror:
         try:
             with view as show:
-                states = local.supervise(planned, workers, stop, show)
+                states = local.supervise(planned, workers, stop, show, mirror)
         except local.WorkersFail as error:
             print(error, file=sys.stderr)
             return 1
         if stop.times:
+            mirror.patience = local.STOP_SECONDS
             console.print(f"stopped: {status.tally(states)}. The same command continues from the last checkpoints.")
             return 128 + stop.signum
     return None

@@ -158,29 +158,30 @@ class Workers:
         return job
 
 
-def supervise(plan: Plan, workers: Workers, stop: Stop, show: Callable[[list[RunState]], None]) -> list[RunState]:
-    """Keeps workers busy until every run is over or a signal came; returns the last states.
+def supervise(
+    plan: Plan, workers: Workers, stop: Stop, show: Callable[[list[RunState]], None], mirror: Mirror | None = None
+) -> list[RunState]:
+    """Keeps workers busy, and the mirror alive, until every run is over or a signal came; returns the last states.
 
     Raises WorkersFail when workers keep dying without getting anything done.
     """
     runs_dir = workers.runs_dir
     mark: list[Any] = []
-    with Mirror(runs_dir) as mirror:
-        while True:
-            states = read_states(plan, runs_dir)
-            show(states)
-            if all(state.state in OVER for state in states):
-                return states
-            if stop.times:
-                mirror.patience = STOP_SECONDS
-                _wind_down(workers, stop)
-                return read_states(plan, runs_dir)
-            if (seen := [(state.state, state.step) for state in states]) != mark:
-                mark = seen
-                workers.progressed()
-            workers.keep_busy(states)
+    while True:
+        states = read_states(plan, runs_dir)
+        show(states)
+        if all(state.state in OVER for state in states):
+            return states
+        if stop.times:
+            _wind_down(workers, stop)
+            return read_states(plan, runs_dir)
+        if (seen := [(state.state, state.step) for state in states]) != mark:
+            mark = seen
+            workers.progressed()
+        workers.keep_busy(states)
+        if mirror is not None:
             mirror.keep_alive()
-            _pause(stop)
+        _pause(stop)
 
 
 def _wind_down(workers: Workers, stop: Stop) -> None:

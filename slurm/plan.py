@@ -109,7 +109,7 @@ def check_folder(runs_dir: Path, needed_gb: float) -> None:
     try:
         probe.write_bytes(b"\0" * 4096)
     except OSError as error:
-        raise InvalidInput(f"{runs_dir}: cannot write there ({error.strerror}); make room or name another folder") from error
+        raise InvalidInput(f"{runs_dir}: cannot write there ({error.strerror}); name another folder") from error
     finally:
         probe.unlink(missing_ok=True)
     free = shutil.disk_usage(runs_dir).free / 1e9
