@@ -51,14 +51,14 @@ class PyramidNetwork(nn.Module):
         super().__init__()
         fine, middle, coarse = widths
         self.fine = nn.Sequential(nn.PixelUnshuffle(STRIDE), nn.Conv2d(12, fine, 3, padding=1), ResidualBlock(fine))
-        self.middle = nn.Sequential(nn.Conv2d(fine, middle, 2, stride=2), ResidualBlock(middle, kernel=3))
+        self.middle = nn.Sequential(nn.Conv2d(fine, middle, 2, stride=2), ResidualBlock(middle))
         self.coarse = nn.Sequential(
-            nn.Conv2d(middle, coarse, 2, stride=2), ResidualBlock(coarse, kernel=3), ResidualBlock(coarse, kernel=3)
+            nn.Conv2d(middle, coarse, 2, stride=2), ResidualBlock(coarse), ResidualBlock(coarse)
         )
         self.to_middle = nn.Sequential(nn.Conv2d(coarse, 4 * middle, 1), nn.PixelShuffle(2))
-        self.back = ResidualBlock(middle, kernel=3)
+        self.back = ResidualBlock(middle)
         self.to_fine = nn.Sequential(nn.Conv2d(middle, 4 * fine, 1), nn.PixelShuffle(2))
-        self.out = nn.Sequential(ResidualBlock(fine, kernel=3), nn.SiLU(), nn.Conv2d(fine, outputs, 1))
+        self.out = nn.Sequential(ResidualBlock(fine), nn.SiLU(), nn.Conv2d(fine, outputs, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
         fine = self.fine(pixels)
@@ -76,7 +76,7 @@ class TowerNetwork(nn.Module):
         self.layers = nn.Sequential(
             nn.PixelUnshuffle(STRIDE),
             nn.Conv2d(12, width, 3, padding=1),
-            *(ResidualBlock(width, dilation=dilation) for dilation in (1, 2, 4, 1, 2, 4, 1)),
+            *(ResidualBlock(width, kernel=1, dilation=dilation) for dilation in (1, 2, 4, 1, 2, 4, 1)),
             nn.SiLU(),
             nn.Conv2d(width, outputs, 1),
         )

@@ -21,10 +21,14 @@ from fluidscale.tokens.shipped import verified
 
 
 class FeatureNetwork(nn.Module):
-    """Learns which (class, colour) pairs a scene holds and how often each class occurs; the pooled layer is the feature.
+    """Learns which (class, colour) pairs a scene holds and how often each class occurs; features are the pooled layer.
 
-    `widths` are the channels at strides 2, 4 and 8; counts are told apart up to `max_count`.
+    `widths` are the channels at strides 2, 4 and 8; counts are told apart up to `max_count`. `shift` and `scale`
+    z-score each feature over real scenes, so that distances are in units of what real scenes vary by.
     """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, widths: Sequence[int], features: int, num_classes: int, num_colors: int, max_count: int) -> None:
         super().__init__()
@@ -35,32 +39,41 @@ class FeatureNetwork(nn.Module):
             nn.Conv2d(12, fine, 3, padding=1),
             ResidualBlock(fine),
             nn.Conv2d(fine, middle, 2, stride=2),
-            ResidualBlock(middle, kernel=3),
+            ResidualBlock(middle),
             nn.Conv2d(middle, coarse, 2, stride=2),
-            ResidualBlock(coarse, kernel=3),
+            ResidualBlock(coarse),
             nn.SiLU(),
             nn.Conv2d(coarse, features, 1),
             nn.SiLU(),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
+        self.register_buffer("shift", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features))
         self.pairs = nn.Linear(features, num_classes * (num_colors + 1))
         self.counts = nn.Linear(features, num_classes * (max_count + 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, R, R) in [-1, 1] -> (B, features)."""
-        return self.pooled(pixels)
+        """(B, 3, R, R) in [-1, 1] -> (B, features), z-scored."""
+        return (self.pooled(pixels) - self.shift) / self.scale
+
+    @torch.no_grad()
+    def measure_scaling(self, pixels: Tensor) -> None:
+        """Sets shift and scale from real scenes; a feature that never varies keeps scale 1."""
+        values = self.pooled(pixels)
+        self.shift.copy_(values.mean(0))
+        self.scale.copy_(torch.where(values.std(0) > 1e-4, values.std(0), 1.0))
 
     def loss(self, pixels: Tensor, pairs: Tensor) -> Tensor:
-        """Cross-entropy over all questions; pairs int64 (B, K, C + 1): objects of each class and colour in the scene."""
-        features = self(pixels)
+        """Cross-entropy over all questions; pairs int64 (B, K, C + 1): how many objects of each class and colour."""
+        features = self.pooled(pixels)
         presence = F.binary_cross_entropy_with_logits(self.pairs(features), (pairs > 0).flatten(1).float())
         counts = self.counts(features).view(-1, self.max_count + 1)
         return presence + F.cross_entropy(counts, pairs.sum(2).clamp(max=self.max_count).flatten())
 
     def accuracy(self, pixels: Tensor, pairs: Tensor) -> float:
         """The share of scenes in which every (class, colour) pair is told right."""
-        right = (self.pairs(self(pixels)) > 0) == (pairs > 0).flatten(1)
+        right = (self.pairs(self.pooled(pixels)) > 0) == (pairs > 0).flatten(1)
         return right.all(dim=1).float().mean().item()
 
 

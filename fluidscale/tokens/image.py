@@ -17,6 +17,8 @@ from fluidscale.spec import InvalidInput
 from fluidscale.tokens.networks import FACTOR, KLAutoencoder, VQAutoencoder
 from fluidscale.tokens.shipped import verified
 
+# What scores on this tokenizer's images are to be read against, as named on its card.
+REFERENCES = ("fd_floor", "fd_real_floor", "geneval_ceiling", "geneval_floor")
 # Images per pass through a network: bounds the memory of a call, whatever its size.
 CHUNK = 256
 
@@ -30,6 +32,7 @@ class Tokenizer(Protocol):
     channels: int  # of one token; discrete: 0
     vocab_size: int  # continuous: 0
     sha256: str
+    references: dict[str, Any]  # floors and ceilings of scores on its images, as far as they were measured
 
     def encode(self, images: np.ndarray) -> Tensor:
         """uint8 (B, H, W, 3) -> int64 codes (B, L), or float32 moments (B, L, 2 C): z-scored mean, then deviation."""
@@ -53,7 +56,7 @@ class KLTokenizer:
     def __init__(self, network: KLAutoencoder, card: dict[str, Any], device: torch.device) -> None:
         self.network, self.device = network, device
         self.resolution, self.grid, self.channels = card["resolution"], card["grid"], card["channels"]
-        self.sha256 = card["sha256"]
+        self.sha256, self.references = card["sha256"], references(card)
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> Tensor:
@@ -89,7 +92,7 @@ class VQTokenizer:
     def __init__(self, network: VQAutoencoder, card: dict[str, Any], device: torch.device) -> None:
         self.network, self.device = network, device
         self.resolution, self.grid, self.vocab_size = card["resolution"], card["grid"], card["vocab_size"]
-        self.sha256 = card["sha256"]
+        self.sha256, self.references = card["sha256"], references(card)
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> Tensor:
@@ -107,12 +110,18 @@ class VQTokenizer:
         if tokens.ndim != 2 or tokens.shape[1] != self.grid**2 or tokens.is_floating_point():
             raise InvalidInput(f"expected codes (B, {self.grid**2}), got {tuple(tokens.shape)} of {tokens.dtype}")
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
-            raise InvalidInput(f"codes run from 0 to {self.vocab_size - 1}, got {int(tokens.min())} to {int(tokens.max())}")
+            least, most = int(tokens.min()), int(tokens.max())
+            raise InvalidInput(f"codes run from 0 to {self.vocab_size - 1}, got {least} to {most}")
         images = []
         for part in tokens.split(CHUNK):
             maps = self.network.codebook[part.to(self.device)].transpose(1, 2).unflatten(2, (self.grid, self.grid))
             images.append(to_images(self.network.decoder(maps)))
         return np.concatenate(images)
+
+
+def references(card: dict[str, Any]) -> dict[str, Any]:
+    """Those reference numbers of a card that a run's row repeats; a number not measured is absent."""
+    return {key: card[key] for key in REFERENCES if key in card}
 
 
 def build_network(card: dict[str, Any]) -> KLAutoencoder | VQAutoencoder:
@@ -136,7 +145,9 @@ def load_tokenizer(name_or_path: str, device: torch.device | str = "cpu") -> KLT
     return as_tokenizer(network, card, device)
 
 
-def as_tokenizer(network: nn.Module, card: dict[str, Any], device: torch.device | str = "cpu") -> KLTokenizer | VQTokenizer:
+def as_tokenizer(
+    network: nn.Module, card: dict[str, Any], device: torch.device | str = "cpu"
+) -> KLTokenizer | VQTokenizer:
     """Wraps a network in eval mode on `device`; `card` needs resolution, grid, channels, vocab_size and sha256."""
     network = network.to(device).eval().requires_grad_(False)
     if isinstance(network, KLAutoencoder):

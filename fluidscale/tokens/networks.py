@@ -19,13 +19,13 @@ COMMITMENT = 0.25
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(silu(x)))): a 3x3 (dilated at will) for context, then a second kernel of `kernel` x `kernel`."""
+    """x + conv(silu(conv(silu(x)))): a 3x3 (dilated at will) for context, then a convolution of side `kernel`."""
 
-    def __init__(self, channels: int, kernel: int = 1, dilation: int = 1) -> None:
+    def __init__(self, channels: int, kernel: int = 3, dilation: int = 1) -> None:
         super().__init__()
         self.mix = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation)
         self.out = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
-        # Half a step at first: full ones diverge at the high rates that short training wants, none at all starts slowly.
+        # Half a step at first: starting from none (zeros) cost 1.3 dB after 35 s of training.
         self.out.weight.data *= 0.5
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,9 +66,9 @@ def decoder(widths: Sequence[int], channels: int) -> nn.Sequential:
 
 
 class KLAutoencoder(nn.Module):
-    """A diagonal Gaussian per token (latent diffusion's autoencoder, arXiv 2112.10752), KL per image averaged over pixels.
+    """A diagonal Gaussian per token, as in latent diffusion's autoencoder (arXiv 2112.10752); KL averaged per latent.
 
-    `shift` and `scale` (C,) z-score the latents per channel; they are measured after training, over the posterior's draws.
+    `shift` and `scale` (C,) z-score the latents per channel; they are measured after training over posterior draws.
     """
 
     shift: Tensor
@@ -83,7 +83,7 @@ class KLAutoencoder(nn.Module):
         self.register_buffer("scale", torch.ones(channels))
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, each (B, C, G, G), before z-scoring. The log-deviation is kept within [-8, 2]."""
+        """Mean and standard deviation, each (B, C, G, G), before z-scoring; log-deviations are kept within [-8, 2]."""
         mean, log_std = self.encoder(pixels).chunk(2, dim=1)
         return mean, log_std.clamp(-8.0, 2.0).exp()
 
@@ -114,7 +114,9 @@ class VQAutoencoder(nn.Module):
     counts: Tensor
     sums: Tensor
 
-    def __init__(self, widths: Sequence[int], channels: int, vocab_size: int, warmup: int = 0, decay: float = 0.99) -> None:
+    def __init__(
+        self, widths: Sequence[int], channels: int, vocab_size: int, warmup: int = 0, decay: float = 0.99
+    ) -> None:
         super().__init__()
         self.encoder = encoder(widths, channels)
         self.decoder = decoder(widths, channels)
@@ -167,7 +169,7 @@ class VQAutoencoder(nn.Module):
         sums = torch.zeros_like(self.codebook).index_add_(0, codes, latents)
         self.counts.lerp_(counts, 1.0 - self.decay)
         self.sums.lerp_(sums, 1.0 - self.decay)
-        # A code used less than a hundredth as often as the average is dead: 1024 codes are only worth 10 bits when all live.
+        # Dead: used less than a hundredth as often as the average. 1024 codes are worth 10 bits only when all live.
         dead = self.counts < 0.01 * len(latents) / len(self.codebook)
         fresh = latents[torch.randint(len(latents), (int(dead.sum()),), device=latents.device)]
         self.counts[dead] = len(latents) / len(self.codebook)

@@ -21,11 +21,11 @@ EVALUATE_WEIGHTS = _PACKAGE / "evaluate" / "weights"
 
 def shipped_cards() -> dict[str, dict[str, Any]]:
     """Every shipped network's card by name, tokenizers first."""
-    return {path.stem: _read_card(path) for folder in (WEIGHTS, EVALUATE_WEIGHTS) for path in sorted(folder.glob("*.json"))}
+    return {path.stem: _read_card(path) for path in _shipped()}
 
 
 def card(name_or_path: str) -> dict[str, Any]:
-    """The card of a shipped network (`icons32-vae`) or of a file of the user's own (`folder/NAME.safetensors`).
+    """The card of a shipped network (`icons32-vae`, or its sha256) or of the user's own (`folder/NAME.safetensors`).
 
     Raises InvalidInput when there is none, naming those there are.
     """
@@ -61,11 +61,15 @@ def _weights_path(name_or_path: str) -> Path:
     given = Path(name_or_path)
     if given.suffix == ".safetensors":
         return given
-    for folder in (WEIGHTS, EVALUATE_WEIGHTS):
-        if (folder / f"{name_or_path}.json").is_file():
-            return folder / f"{name_or_path}.safetensors"
-    known = ", ".join(path.stem for folder in (WEIGHTS, EVALUATE_WEIGHTS) for path in sorted(folder.glob("*.json")))
+    for path in _shipped():
+        if name_or_path in (path.stem, _read_card(path)["sha256"]):
+            return path.with_suffix(".safetensors")
+    known = ", ".join(path.stem for path in _shipped())
     raise InvalidInput(f"{name_or_path}: no such network; shipped: {known}; or give the path of a .safetensors file")
+
+
+def _shipped() -> list[Path]:
+    return [path for folder in (WEIGHTS, EVALUATE_WEIGHTS) for path in sorted(folder.glob("*.json"))]
 
 
 def _read_card(path: Path) -> dict[str, Any]:

@@ -1,0 +1,360 @@
+"""Trains the embedded world's own networks: two tokenizers, two detectors, a feature network; minutes each on one core.
+
+Every network sees all combinations of class and colour, also those held out of the models' training: judges and
+tokenizers must not be what fails on them. Pictures are fresh at every step and never among those that are measured on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from fluidscale.evaluate.detect import DetectorNetwork, IconDetector, Target, load_detector
+from fluidscale.evaluate.features import FeatureNetwork, load_features
+from fluidscale.evaluate.references import references
+from fluidscale.spec import InvalidInput, digest
+from fluidscale.sweep import load_world
+from fluidscale.tokens import shipped
+from fluidscale.tokens.image import as_tokenizer, build_network, load_tokenizer, load_weights, to_pixels
+from fluidscale.tokens.networks import FACTOR, KLAutoencoder, VQAutoencoder
+from fluidscale.world import Scene, World
+
+SPLIT = "all"
+# Numbers of the held-out scenes that quality is measured on; seeds start their training scenes SEED_STRIDE apart.
+HELD_OUT_START, HELD_OUT_COUNT, SEED_STRIDE = 10**12, 2048, 10**9
+# Detectors learn from this share of pictures as rendered, this share roughened, and the rest through a tokenizer.
+AS_RENDERED, ROUGHENED = 0.35, 0.35
+# What counts as found in counting tasks, and as a ghost anywhere (GenEval's two thresholds).
+SURE, GHOST = 0.9, 0.3
+
+Loss = Callable[[nn.Module, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one network is built and trained. `lr` is the peak: 100 steps of warm-up, then half a cosine."""
+
+    kind: str  # continuous | discrete | detector | features
+    network: dict[str, Any]
+    steps: int
+    batch: int
+    lr: float
+    seed: int = 0
+
+
+RECIPES: dict[str, Recipe] = {
+    "vae": Recipe("continuous", {"widths": [32, 64, 128], "kl_weight": 1e-2}, 6000, 16, 5e-3),
+    "vq": Recipe("discrete", {"widths": [32, 64, 128], "code_width": 16, "warmup": 1500}, 6000, 16, 5e-3),
+    "detector": Recipe("detector", {"shape": "pyramid", "widths": [24, 48, 64]}, 2500, 32, 3e-3),
+    # Another architecture, other scenes, other initial weights: it shares only the task with the first.
+    "detector2": Recipe("detector", {"shape": "tower", "widths": [32]}, 2500, 32, 3e-3, seed=1),
+    "features": Recipe("features", {"widths": [24, 48, 64], "features": 64, "max_count": 4}, 1500, 32, 3e-3),
+}
+TOKEN_CHANNELS, CODES = 16, 1024
+
+
+def train(network: nn.Module, recipe: Recipe, loss_of: Loss, report: Callable[[int, float], None]) -> None:
+    """AdamW with clipped gradients; `loss_of(network, first scene)` is one batch's loss, `report` hears every step."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    first = recipe.seed * SEED_STRIDE
+    for step in range(recipe.steps):
+        loss = loss_of(network, first + step * recipe.batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss.item()} at step {step}; lower the rate")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        report(step + 1, loss.item())
+
+
+def batch(world: World, start: int, count: int) -> tuple[np.ndarray, list[Scene]]:
+    """Pictures uint8 (count, R, R, 3) and what they show."""
+    scenes = world.describe(start, count, SPLIT)
+    return np.stack([world.render(scene) for scene in scenes]), scenes
+
+
+def targets(world: World, scenes: Sequence[Scene]) -> list[list[Target]]:
+    """What a detector should find in each scene."""
+    classes = {name: k for k, name in enumerate(world.spec.classes)}
+    colors = {name: k for k, name in enumerate((*world.spec.colors, None))}
+    return [[Target(classes[icon.cls], colors[icon.color], *icon.box) for icon in scene.objects] for scene in scenes]
+
+
+def pairs(world: World, scenes: Sequence[Scene]) -> Tensor:
+    """Objects of each class and colour, int64 (B, K, C + 1); the last colour is untinted."""
+    counts = torch.zeros(len(scenes), len(world.spec.classes), len(world.spec.colors) + 1, dtype=torch.long)
+    for row, objects in zip(counts, targets(world, scenes), strict=True):
+        for target in objects:
+            row[target.cls, target.color] += 1
+    return counts
+
+
+def roughen(pixels: Tensor) -> Tensor:
+    """Blur, brightness, tint and noise of random small strength per picture: what a generator's flaws look like."""
+    per_image = (len(pixels), 1, 1, 1)
+    blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    pixels = pixels.lerp(blurred, torch.rand(per_image))
+    pixels = pixels * (1 + 0.1 * torch.randn(per_image)) + 0.05 * torch.randn(len(pixels), 3, 1, 1)
+    return (pixels + 0.15 * torch.rand(per_image) * torch.randn_like(pixels)).clamp(-1, 1)
+
+
+def judged_views(images: np.ndarray, tokenizers: Sequence[Any]) -> Tensor:
+    """Pictures as a detector will meet them: as rendered, roughened, or through the world's tokenizers."""
+    pixels = to_pixels(images)
+    kind = torch.rand(len(images))
+    rough = (kind >= AS_RENDERED) & (kind < AS_RENDERED + ROUGHENED)
+    if rough.any():
+        pixels[rough] = roughen(pixels[rough])
+    if tokenizers:
+        through = (kind >= AS_RENDERED + ROUGHENED).nonzero()[:, 0]
+        for part, tokenizer in zip(through.tensor_split(len(tokenizers)), tokenizers, strict=True):
+            if len(part):
+                pixels[part] = to_pixels(reconstruct(tokenizer, images[part.numpy()]))
+    return pixels
+
+
+def reconstruct(tokenizer: Any, images: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Images through their tokens; continuous tokens are drawn from the posterior, as models learn them."""
+    return tokenizer.decode(tokenizer.sample(tokenizer.encode(images), torch.Generator().manual_seed(seed)))
+
+
+def psnr(images: np.ndarray, others: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB, averaged over images."""
+    error = ((images.astype(np.float64) - others) ** 2).mean(axis=(1, 2, 3))
+    return float((10 * np.log10(255.0**2 / np.maximum(error, 1e-6))).mean())
+
+
+def certainty(detector: IconDetector, images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
+    """Shares of objects found with a score above .9, and of ghosts above .3 per object, on real scenes."""
+    objects = sure = ghosts = 0
+    for scene, found in zip(scenes, detector.detect(images), strict=True):
+        there = Counter(icon.cls for icon in scene.objects)
+        objects += there.total()
+        sure += (there & Counter(one.cls for one in found if one.score > SURE)).total()
+        ghosts += (Counter(one.cls for one in found if one.score > GHOST) - there).total()
+    return {"sure_share": sure / objects, "ghost_share": ghosts / objects}
+
+
+class Workshop:
+    """One world, where its networks are kept, and who is told of progress."""
+
+    def __init__(self, world_name: str, out: Path | None) -> None:
+        self.name = Path(world_name).stem
+        self.world = World(load_world(world_name))
+        self.out = out
+        if self.world.spec.resolution % FACTOR:
+            raise InvalidInput(f"{world_name}: resolution {self.world.spec.resolution} is not divisible by {FACTOR}")
+
+    def path(self, target: str) -> Path:
+        """Where a target's weights belong."""
+        default = shipped.WEIGHTS if target in ("vae", "vq") else shipped.EVALUATE_WEIGHTS
+        return (self.out or default) / f"{self.name}-{target}.safetensors"
+
+    def tokenizers(self) -> dict[str, Any]:
+        """Those tokenizers of this world that have been trained already."""
+        paths = {target: self.path(target) for target in ("vae", "vq")}
+        return {target: load_tokenizer(str(path)) for target, path in paths.items() if path.exists()}
+
+    def card(self, target: str, recipe: Recipe, command: str) -> dict[str, Any]:
+        """All of a card that is known before training."""
+        spec = self.world.spec
+        facts: dict[str, Any] = {
+            "name": f"{self.name}-{target}",
+            "kind": recipe.kind,
+            "world": self.name,
+            "world_sha256": digest(spec),
+            "resolution": spec.resolution,
+            "network": recipe.network,
+        }
+        if recipe.kind in ("continuous", "discrete"):
+            continuous = recipe.kind == "continuous"
+            facts |= {"grid": spec.resolution // FACTOR}
+            facts |= {"channels": TOKEN_CHANNELS if continuous else 0, "vocab_size": 0 if continuous else CODES}
+        else:
+            facts |= {"classes": list(spec.classes), "colors": list(spec.colors)}
+        return facts | {"command": command, "recipe": asdict(recipe), "torch": torch.__version__}
+
+    def network(self, card: dict[str, Any]) -> nn.Module:
+        """The untrained network of a card."""
+        if card["kind"] in ("continuous", "discrete"):
+            return build_network(card)
+        build = DetectorNetwork if card["kind"] == "detector" else FeatureNetwork
+        return build(**card["network"], num_classes=len(card["classes"]), num_colors=len(card["colors"]))
+
+    def loss(self, recipe: Recipe) -> Loss:
+        """One batch's loss, from the number of its first scene."""
+        tokenizers = list(self.tokenizers().values()) if recipe.kind == "detector" else []
+
+        def of(network: Any, start: int) -> Tensor:
+            images, scenes = batch(self.world, start, recipe.batch)
+            if recipe.kind == "detector":
+                return network.loss(judged_views(images, tokenizers), targets(self.world, scenes))
+            if recipe.kind == "features":
+                return network.loss(to_pixels(images), pairs(self.world, scenes))
+            return network.loss(to_pixels(images))
+
+        return of
+
+    def quality(self, network: nn.Module, card: dict[str, Any]) -> dict[str, Any]:
+        """What a card says of a trained network, measured on held-out scenes with the weights as stored."""
+        images, scenes = batch(self.world, HELD_OUT_START, HELD_OUT_COUNT)
+        if isinstance(network, FeatureNetwork):
+            with torch.inference_mode():
+                return {"scene_accuracy": network.accuracy(to_pixels(images), pairs(self.world, scenes))}
+        named = {**card, "sha256": ""}
+        if isinstance(network, DetectorNetwork):
+            detector = IconDetector(network, named)
+            measured = {**certainty(detector, images, scenes), **references(self.world, detector=detector)}
+            for target, tokenizer in self.tokenizers().items():
+                through = references(self.world, tokenizer, detector)
+                measured |= {f"geneval_ceiling_{target}": through["geneval_ceiling"]}
+            return measured
+        tokenizer = as_tokenizer(network, named)
+        started = time.monotonic()
+        tokens = tokenizer.encode(images)
+        encoded = time.monotonic()
+        tokenizer.decode(tokenizer.sample(tokens, torch.Generator().manual_seed(0)))
+        decoded = time.monotonic()
+        measured = {
+            "psnr": psnr(images, reconstruct(tokenizer, images)),
+            "encode_per_s": round(len(images) / (encoded - started)),
+            "decode_per_s": round(len(images) / (decoded - encoded)),
+        }
+        if isinstance(network, VQAutoencoder):
+            return measured | {"codes_used": len(tokens.unique())}
+        # z-scored: 1 would be a channel without information, 0 one without noise.
+        return measured | {"mean_deviation": tokens[..., TOKEN_CHANNELS:].mean().item()}
+
+
+def pretrain(workshop: Workshop, target: str, recipe: Recipe, command: str) -> dict[str, Any]:
+    """Trains one network, measures it as stored, writes weights and card, and returns the card."""
+    torch.manual_seed(recipe.seed)
+    path = workshop.path(target)
+    _check_writable(path.parent)
+    card = workshop.card(target, recipe, command)
+    network = workshop.network(card)
+    started = time.monotonic()
+    with _progress(card["name"], recipe.steps) as report:
+        train(network, recipe, workshop.loss(recipe), report)
+    if isinstance(network, (KLAutoencoder, FeatureNetwork)):
+        network.measure_scaling(to_pixels(batch(workshop.world, recipe.seed * SEED_STRIDE, HELD_OUT_COUNT)[0]))
+    card["seconds"] = round(time.monotonic() - started, 1)
+    # Half precision halves what is shipped; quality is measured on what a user will load.
+    data = save_safetensors({k: v.half() if v.ndim > 1 else v for k, v in network.state_dict().items()})
+    load_weights(network, data)
+    return shipped.store(path, data, card | workshop.quality(network.eval().requires_grad_(False), card))
+
+
+def measure_references(workshop: Workshop) -> list[dict[str, Any]]:
+    """Writes on both tokenizers' cards what scores are to be read against, measured with the world's judges."""
+    detector = load_detector(str(workshop.path("detector")))
+    features = load_features(str(workshop.path("features")))
+    cards = []
+    for target, tokenizer in workshop.tokenizers().items():
+        data, card = shipped.verified(str(workshop.path(target)))
+        judges = {"detector_sha256": detector.sha256, "features_sha256": features.sha256}
+        found = references(workshop.world, tokenizer, detector, features)
+        cards.append(shipped.store(workshop.path(target), data, {**card, **found, **judges}))
+    return cards
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InvalidInput(f"{folder}: cannot be written ({error.strerror}); choose another --out") from error
+
+
+@contextlib.contextmanager
+def _progress(name: str, steps: int) -> Iterator[Callable[[int, float], None]]:
+    """Progress with time left: a bar on a terminal, a line every ten seconds elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    started = last = time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task(name, total=steps)
+
+        def report(step: int, loss: float) -> None:
+            nonlocal last
+            bar.update(task, completed=step, description=f"{name}  loss {loss:.4f}")
+            now = time.monotonic()
+            if bar.disable and (now - last > 10 or step == steps):
+                last = now
+                left = (now - started) / step * (steps - step)
+                print(f"{name}: step {step} of {steps}, loss {loss:.4f}, {left:.0f} s left", flush=True)
+
+        yield report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fluidscale.pretrain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m fluidscale.pretrain vae --world icons32 --out runs/tokenizers\n"
+        "order: vae and vq, then detector, detector2 and features, then references (fills in the tokenizers' cards).\n"
+        "One CPU thread, so that a command gives the same weights on every run.",
+    )
+    parser.add_argument("target", choices=(*RECIPES, "references"))
+    parser.add_argument(
+        "--world", default="icons32", metavar="NAME|YAML", help="a row of sweeps/worlds.yaml, or a file"
+    )
+    parser.add_argument("--out", type=Path, help="folder of weights and cards (default: where shipped ones lie)")
+    parser.add_argument("--seed", type=int, help="initial weights and scenes (default: the recipe's)")
+    parser.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    try:
+        words = sys.argv[1:] if argv is None else argv
+        cards = _run(arguments, f"python -m fluidscale.pretrain {shlex.join(words)}")
+    except InvalidInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for card in cards:
+        shown = {k: f"{v:.4g}" for k, v in card.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        print(f"{card['name']}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
+    return 0
+
+
+def _run(arguments: argparse.Namespace, command: str) -> list[dict[str, Any]]:
+    workshop = Workshop(arguments.world, arguments.out)
+    if arguments.target == "references":
+        return measure_references(workshop)
+    asked = {key: value for key in ("seed", "steps") if (value := getattr(arguments, key)) is not None}
+    recipe = replace(RECIPES[arguments.target], **asked)
+    if recipe.steps < 1 or recipe.seed < 0:
+        raise InvalidInput(
+            f"--steps {recipe.steps} --seed {recipe.seed}: steps must be at least 1, the seed at least 0"
+        )
+    return [pretrain(workshop, arguments.target, recipe, command)]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
