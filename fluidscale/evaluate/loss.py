@@ -125,16 +125,14 @@ def _accumulate(
     name: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Per image the two sums of `measure` over all its views, in float64."""
-    total, device = subject.spec.evaluate.val_images, subject.device
+    total = subject.spec.evaluate.val_images
     draws = 1 if subject.model.order.causal else _DRAWS
     sums, counts = np.zeros(total), np.zeros(total)
     for first in range(0, total, _BATCH):
         count = min(_BATCH, total - first)
         tokens, text = validation_batch(subject, first, count)
         for draw in range(draws):
-            view = views(draw, first, count)
-            view = View(view.reads.to(device), view.positions.to(device), view.counted.to(device))
-            a, b = measure(tokens, text, view, _rng(first, _DRAWS + draw))
+            a, b = measure(tokens, text, views(draw, first, count), _rng(first, _DRAWS + draw))
             sums[first : first + count] += a.double().cpu().numpy()
             counts[first : first + count] += b.double().cpu().numpy()
         progress(name, first + count, total)

@@ -107,7 +107,8 @@ def silent(phase: str, done: int, total: int) -> None:
 class Evaluator(Protocol):
     """One way of judging a model. Yields each score as soon as it is known, that of its own name last."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def wanted(self, spec: EvaluateSpec) -> bool:
         """Whether a run's spec asks for it."""
@@ -135,8 +136,12 @@ class Detector(Protocol):
 
     name: str
     sha256: str
-    classes: Sequence[str]
-    colors: Sequence[str]
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+    @property
+    def colors(self) -> Sequence[str]: ...
 
     def detect(self, images: np.ndarray) -> list[list[Detection]]:
         """All candidates with a score above .05, best first, for images uint8 (B, H, W, 3)."""
