@@ -49,7 +49,8 @@ class Objective(Protocol):
     """What the network predicts, along which path, and how that is scored."""
 
     outputs_per_channel: int
-    start: float  # native time from which a deterministic solver may start
+    start: float  # native time, and log-SNR, from which a deterministic solver may start
+    lowest_log_snr: float
 
     def at_log_snr(self, log_snr: Tensor) -> Level:
         """The levels with log(alpha^2 / sigma^2) as given, float64."""
@@ -87,6 +88,8 @@ class _ContinuousTime:
 
     outputs_per_channel = 1
     start = 1.0
+    # Where 12 steps on a 16-dimensional mixture with an exact denoiser come nearest to its samples.
+    lowest_log_snr = -7.0
 
     def __init__(self, path: Callable[[Tensor], tuple[Tensor, Tensor]], law: Callable[[Tensor], Tensor]) -> None:
         self._path, self._law = path, law
@@ -207,13 +210,14 @@ class Epsilon:
     """MAR's loss exactly: squared noise error plus the variational bound (in bits) that trains the variance alone."""
 
     outputs_per_channel = 2
+    # Below this the token is the predicted noise's error times 1 / alpha > 9: a solver is better off not asking.
+    lowest_log_snr = -4.5
 
     def __init__(self) -> None:
         chain = posterior(cosine_betas())
         # log-SNR falls with time; a clean token (log-SNR infinite) stands at index -1.
         self._log_snr = np.log(chain.alpha_bar / (1 - chain.alpha_bar))
-        # Above this time alpha is so small that a prediction error is blown up: solvers start at log-SNR -4.5.
-        self.start = (float(self._index(np.array(-4.5))) + 1) / TIME_STEPS
+        self.start = (float(self._index(np.array(self.lowest_log_snr))) + 1) / TIME_STEPS
 
     def _index(self, log_snr: np.ndarray) -> np.ndarray:
         return np.interp(-log_snr, -self._log_snr, np.arange(TIME_STEPS))
@@ -305,8 +309,8 @@ def likelihood_bound(objective: Objective, network: Network, x: Tensor, repeats:
     predicted = objective.to_noise(noisy, network(noisy, times, which), alpha, sigma)
     diffusion = 0.5 * (high - low) * (predicted - noise).square().sum(2).mean(1)
     ends = objective.at_log_snr(torch.tensor([low, high], dtype=torch.float64, device="cpu"))
-    signal, spread_ = float(ends.alpha[0]) ** 2, float(ends.sigma[0]) ** 2
-    prior = 0.5 * (signal * x.float().square() + spread_ - 1 - math.log(spread_)).sum(1)
+    signal, variance = float(ends.alpha[0]) ** 2, float(ends.sigma[0]) ** 2
+    prior = 0.5 * (signal * x.float().square() + variance - 1 - math.log(variance)).sum(1)
     # E |x - x_t / alpha|^2 = C sigma^2 / alpha^2, so the reconstruction term is known without a draw.
     reconstruction = 0.5 * channels * (math.log(2 * math.pi) - high + 1)
     return diffusion + prior + reconstruction

@@ -25,9 +25,8 @@ from torch import Tensor
 from fluidscale.model.diffusion import TIME_STEPS, Epsilon, Flow, Level, Objective, Velocity, cosine_betas, posterior
 from fluidscale.spec import InvalidInput
 
-# Even log-SNR steps run between these. Below, a unit-variance token is invisible; above, all but .25 % of its variance
-# is known and the last prediction stands for the token.
-LOG_SNR_START, LOG_SNR_STOP = -4.5, 6.0
+# Even log-SNR steps end here: all but .25 % of a unit-variance token is known, and its prediction stands for it.
+LOG_SNR_STOP = 6.0
 # z-scored latents beyond 5 standard deviations are errors of the network, not tokens.
 CLAMP = 5.0
 
@@ -112,10 +111,11 @@ def _ddim(objective: Objective, num_steps: int) -> Solver:
 
 
 def _dpmpp_2m(objective: Objective, num_steps: int) -> Solver:
-    log_snr = torch.linspace(LOG_SNR_START, LOG_SNR_STOP, num_steps, dtype=torch.float64, device="cpu")
+    start = objective.lowest_log_snr
+    log_snr = torch.linspace(start, LOG_SNR_STOP, num_steps, dtype=torch.float64, device="cpu")
     level = objective.at_log_snr(log_snr)
     points = _points(level)
-    shrink = math.exp(-(LOG_SNR_STOP - LOG_SNR_START) / 2 / max(num_steps - 1, 1))
+    shrink = math.exp(-(LOG_SNR_STOP - start) / 2 / max(num_steps - 1, 1))
     clamp = _clamp(objective)
 
     def solve(network: StepNetwork, noise: Tensor, temperature: float) -> Tensor:
