@@ -26,6 +26,8 @@ from fluidscale.record import Placement, read_json, row, write_atomic, write_jso
 from fluidscale.spec import InvalidInput, RunSpec, canonical, digest, from_dict, run_spec_from_json, to_json
 
 log = logging.getLogger("fluidscale.run")
+# What a tokenizer's card says of the best and the worst that any model of its tokens can score.
+REFERENCES = ("fd_floor", "fd_real_floor", "geneval_ceiling", "geneval_floor")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -72,6 +74,7 @@ def _compute(spec: RunSpec, folder: RunFolder, placement: Placement, should_stop
 
     from fluidscale.evaluate import Subject, evaluate
     from fluidscale.tokens.image import load_tokenizer
+    from fluidscale.tokens.shipped import card
     from fluidscale.train.module import Diverged
     from fluidscale.world import World
 
@@ -79,7 +82,7 @@ def _compute(spec: RunSpec, folder: RunFolder, placement: Placement, should_stop
     assert spec.data.world is not None
     world = World(spec.data.world)
     check_world(spec, world)
-    tokenizer = load_tokenizer(spec.tokenizer_sha256)
+    tokenizer, facts = load_tokenizer(spec.tokenizer_sha256), card(spec.tokenizer_sha256)
     status = "done"
     seconds, tokens_per_s = 0.0, None
     try:
@@ -104,7 +107,7 @@ def _compute(spec: RunSpec, folder: RunFolder, placement: Placement, should_stop
         "status": status,
         "git_rev": _git_rev(),
         "versions": _versions(),
-        **tokenizer.references,
+        **{name: facts[name] for name in REFERENCES if name in facts},
     }
     record = row(spec, folder.path, outcome)
     write_json(folder.path / "record.json", record)
@@ -159,6 +162,9 @@ def _train(
     from fluidscale.train.ema import EMA
     from fluidscale.train.module import Batches, FluidModule, trainer_options
 
+    # Lightning sets its own level when imported; its hints and advertisements are not this run's log.
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
     runs = folder.path.parent
     folder.set_status("running", phase="data")
     shards = shards_of(spec, Path(placement.data_dir or runs / "data"), world, tokenizer)
@@ -231,14 +237,12 @@ def device_of(placement: Placement) -> Any:
 
 @contextmanager
 def _logged(folder: RunFolder) -> Iterator[None]:
-    """Log lines of this run go to its log.txt; Lightning's advertisements go nowhere."""
+    """Log lines of this run go to its log.txt."""
     handler = logging.FileHandler(folder.path / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     package = logging.getLogger("fluidscale")
     package.addHandler(handler)
     package.setLevel(logging.INFO)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
     try:
         yield
     finally:

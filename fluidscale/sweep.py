@@ -238,8 +238,8 @@ def _train(train: dict[str, Any], images: int, where: str) -> dict[str, Any]:
 
 
 def read_card(name: str, where: str) -> dict[str, Any]:
-    """What a tokenizer's card says of its tokens: by shipped name, or the card.json of a tokenizer folder."""
-    path = Path(name) / "card.json" if "/" in name else CARDS / f"{name}.json"
+    """What a tokenizer's card says of its tokens: a shipped one by name, a user's by the path of its .safetensors."""
+    path = Path(name).with_suffix(".json") if name.endswith(".safetensors") else CARDS / f"{name}.json"
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:

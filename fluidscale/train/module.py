@@ -63,16 +63,20 @@ class FluidModule(pl.LightningModule):
             group["lr"] = lr_at(self.spec.train, step)
         rng = step_rng(self.spec.seed, step)
         drop = torch.rand(len(tokens), generator=rng) < self.spec.train.text_drop
-        if self.spec.model.token_kind == "continuous":
-            tokens = sample_moments(tokens, rng)
+        tokens = visited(tokens, rng)
         view = self.model.order.training_view(len(tokens), self.spec.model.num_tokens, rng)
         losses, counted = self.model.losses(tokens, Text(words, words > 0), view, rng, drop=drop.to(self.device))
         return losses.sum() / counted.sum()
 
 
-def sample_moments(moments: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """A posterior sample, float32 (B, L, C), from stored moments (B, L, 2C): fresh noise at every visit (MAR)."""
-    mean, std = moments.float().chunk(2, dim=-1)
+def visited(stored: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Tokens from stored ones: codes (B, L) as they are, moments (B, L, 2C) as a fresh posterior sample (B, L, C).
+
+    The posterior's noise is drawn anew at every visit (MAR).
+    """
+    if not stored.is_floating_point():
+        return stored.long()
+    mean, std = stored.float().chunk(2, dim=-1)
     return mean + std * torch.randn(mean.shape, generator=rng).to(mean.device)
 
 
