@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from analysis.bootstrap import intervals
 from analysis.fit import EXPONENTS, Fit
-from analysis.intervals import allocation_exponent, band, parameter_intervals
+from analysis.intervals import allocation_exponent, band
 from analysis.points import Points
 from analysis.study import Study
 
@@ -88,16 +89,16 @@ def _slices(fit: Fit) -> list[dict[str, Any]]:
     return [{"d": d, "x": x, "mean": fit.predict(n=x, d=d)} for d in levels]
 
 
-def half_widths(fit: Fit, level: float) -> dict[str, float]:
+def half_widths(intervals: dict[str, tuple[float, float]]) -> dict[str, float]:
     """Half-widths of the exponents' intervals."""
-    intervals = parameter_intervals(fit, level)
     return {name: (high - low) / 2 for name, (low, high) in intervals.items() if name in EXPONENTS}
 
 
-def entry(fit: Fit, level: float) -> dict[str, Any]:
-    """One fit as laws.json holds it."""
+def entry(fit: Fit, level: float, method: str = "gauss-newton-t") -> dict[str, Any]:
+    """One fit as laws.json holds it. Raises InvalidTable where the method does not suit the objective."""
     points = fit.points
-    widths = half_widths(fit, level)
+    found = intervals(fit, method, level)
+    widths = half_widths(found)
     narrow = bool(widths) and max(widths.values()) <= HEADLINE_HALF_WIDTH
     allocation = allocation_exponent(fit, level)
     fixed = {p.name: p.value for p in fit.public() if p.name == "E" and fit.frozen[0]} if fit.law.name != "logit" else {}
@@ -111,7 +112,7 @@ def entry(fit: Fit, level: float) -> dict[str, Any]:
         "objective": {"name": fit.objective.name, "delta": fit.objective.delta, "value": fit.value},
         "params": {p.name: p.value for p in fit.public()},
         "fixed": fixed,
-        "intervals": {"method": "gauss-newton-t", "level": level, **parameter_intervals(fit, level)},
+        "intervals": {"method": method, "level": level, **found},
         "half_widths": widths,
         "headline": fit.headline and narrow,
         "allocation_exponent": allocation,
@@ -163,7 +164,7 @@ def document(result: Study) -> dict[str, Any]:
         },
         "headline_metric": result.points[0].metric,
         "level": result.choice.level,
-        "fits": [entry(f, result.choice.level) for f in result.fits],
+        "fits": [entry(f, result.choice.level, result.choice.interval) for f in result.fits],
         "refused": list(result.refused),
         "measurements": [measurement(p, sizes) for p in result.points],
     }  # fmt: skip

@@ -12,14 +12,21 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from analysis.laws import EXPONENT_BOUNDS, Array, Law, LogitLaw, Public, SumLaw
+from analysis.laws import EXPONENT_BOUNDS, Array, Law, Public, SumLaw
 from analysis.points import Points
 from analysis.solver import Objective, minimise, project
 from analysis.table import InvalidTable
 
+Spread = tuple[float, float]
 EXPONENTS = ("alpha", "beta", "alpha_N", "alpha_D", "delta")
+# fewer distinct values of an axis than this cannot tell a floor from a slope
+LEVELS = 3
 # a start has reached the best when its objective is within this relative distance of it
 REACHED = 1e-3
+# parameters that rows of one trunk identify among themselves; all others are told apart between trunks only
+DATA_PARAMETERS = ("b", "beta", "q", "alpha_D")
+# above this many points the multi-start searches a subset; the whole table is only polished
+SCREEN = 1500
 # Bounded scores: design effect of 4 images a prompt at within-prompt correlation .40 (1 + 3 * .40)
 DESIGN_EFFECT = 2.2
 
@@ -52,8 +59,8 @@ class Fit:
     residual: Array
     jacobian: Array
     covariance: Array
-    within: tuple[float, float]
-    between: tuple[float, float]
+    within: Spread
+    between: Spread
     starts: int
     share_at_best: float
     projection_gap: float | None
@@ -105,12 +112,13 @@ def guard(law: Law, points: Points, free: int) -> list[Warned]:
     for axis in law.axes:
         values = points.axis(axis)
         if not np.isfinite(values).all():
-            raise InvalidTable("MISSING_AXIS", f"{where}: law {law.name} needs a column for {axis.upper()}: map it with --{axis}")
+            message = f"{where}: law {law.name} needs a column for {axis.upper()}: map it with --{axis}"
+            raise InvalidTable("MISSING_AXIS", message)
         levels = len(np.unique(np.round(np.log(values), 6)))
-        needed = 2 if isinstance(law, LogitLaw) else 3
-        if levels <= needed - (0 if isinstance(law, LogitLaw) else 1):
-            code = "TOO_FEW_SIZES" if axis == "n" else "TOO_FEW_LEVELS"
-            raise InvalidTable(code, f"{where}: {levels} distinct {axis.upper()}, law {law.name} needs {max(needed, 3)}: add sizes")
+        if levels < LEVELS:
+            code, what = ("TOO_FEW_SIZES", "sizes") if axis == "n" else ("TOO_FEW_LEVELS", "levels")
+            message = f"{where}: {levels} distinct {axis.upper()}, law {law.name} needs {LEVELS} or more: add {what}"
+            raise InvalidTable(code, message)
     if len(points) <= free:
         message = f"{where}: {len(points)} runs for {free} parameters of law {law.name}: add runs or take a smaller law"
         raise InvalidTable("TOO_FEW_RUNS", message)
@@ -126,25 +134,22 @@ def guard(law: Law, points: Points, free: int) -> list[Warned]:
     return warned
 
 
-def _variances(points: Points, law: Law, residual: Array, weights: Array, free: int) -> tuple[tuple[float, float], tuple[float, float]]:
+def _variances(points: Points, law: Law, residual: Array, weights: Array, free: int) -> tuple[Spread, Spread]:
     """((within, dof), (between, dof)): mean squares of the residuals; between is 0 where no trunk holds two rows."""
     n = len(points)
-    squares = weights * residual**2
-    labels, codes = np.unique(points.cluster, return_inverse=True)
-    groups = len(labels)
-    size_parameters = sum(p not in ("b", "beta", "q", "alpha_D") for p in law.parameters)
-    if groups == n or len(law.axes) < 2 or n - groups - 2 < 1 or groups - size_parameters < 1:
-        return (float(squares.sum() / (n - free)), float(n - free)), (0.0, 0.0)
-    means = np.bincount(codes, residual) / np.bincount(codes)
-    counts = np.bincount(codes)
-    between = float((counts * means**2).sum() / (groups - size_parameters))
-    within = float(((residual - means[codes]) ** 2).sum() / (n - groups - (free - size_parameters)))
+    pooled = (float((weights * residual**2).sum() / (n - free)), float(n - free))
+    counts = np.bincount(np.unique(points.cluster, return_inverse=True)[1])
+    codes, groups = np.unique(points.cluster, return_inverse=True)[1], len(counts)
+    between_parameters = sum(p not in DATA_PARAMETERS for p in law.parameters)
+    dof_between, dof_within = groups - between_parameters, n - groups - (free - between_parameters)
+    if groups == n or len(law.axes) < 2 or dof_within < 1 or dof_between < 1:
+        return pooled, (0.0, 0.0)
+    means = np.bincount(codes, residual) / counts
+    between = float((counts * means**2).sum() / dof_between)
+    within = float(((residual - means[codes]) ** 2).sum() / dof_within)
     if between <= within:
-        return (float(squares.sum() / (n - free)), float(n - free)), (0.0, 0.0)
-    return (within, float(n - groups - (free - size_parameters))), (
-        (between - within) / float(counts.mean()),
-        float(groups - size_parameters),
-    )
+        return pooled, (0.0, 0.0)
+    return (within, float(dof_within)), ((between - within) / float(counts.mean()), float(dof_between))
 
 
 def huber_inflation(delta: float, sigma: float) -> float:
@@ -198,7 +203,34 @@ def scale_of(points: Points) -> float:
     return float(np.exp(np.log(points.y).mean()))
 
 
-def fit(law: Law, points: Points, objective: Objective | None = None, floor: float | None = None, thorough: bool = True) -> Fit:
+def _search(
+    law: Law, u: Array, y: Array, weights: Array, objective: Objective, frozen: np.ndarray, starts: Array, thorough: bool
+) -> tuple[Array, float, float, float | None]:
+    """The optimum: parameters, objective, share of starts that reached it, variable projection's relative distance.
+
+    Above SCREEN points the searches run on every k-th point along the first axis, and only their best is finished on
+    all of them: where the valley lies does not need every point, its bottom does.
+    """
+    n = u.shape[1]
+    chosen = np.argsort(u[0], kind="stable")[:: -(-n // SCREEN)] if n > SCREEN else np.arange(n)
+    u_few, y_few, w_few = u[:, chosen], y[chosen], weights[chosen]
+    solved = minimise(law, u_few, y_few, starts, objective, w_few, frozen, iterations=100 if thorough else 50)
+    best = int(np.argmin(solved.value))
+    theta, value, gap = solved.theta[best], float(solved.value[best]), None
+    if thorough and isinstance(law, SumLaw) and not law.signed_floor:
+        projected = project(law, u_few, y_few, objective, w_few, frozen, starts[0])
+        gap = float(projected.value[0] / value - 1) if value > 1e-18 else 0.0
+        if projected.value[0] < value:
+            theta, value = projected.theta[0], float(projected.value[0])
+    share = float((solved.value <= value * (1 + REACHED) + 1e-18).mean())
+    finished = minimise(law, u, y, theta[None], objective, weights, frozen)
+    theta, value = finished.theta[0], float(finished.value[0])
+    return theta, value, share, gap
+
+
+def fit(
+    law: Law, points: Points, objective: Objective | None = None, floor: float | None = None, thorough: bool = True
+) -> Fit:
     """Fits `law` to `points`; `floor` fixes E in the metric's units. Raises InvalidTable where the data cannot carry it.
 
     `thorough=False` skips the variable projection (rollouts and benchmarks that refit many times).
@@ -218,15 +250,7 @@ def fit(law: Law, points: Points, objective: Objective | None = None, floor: flo
     starts = law.starts(u, y)
     if floor is not None:
         starts[:, 0] = floor / scale
-    solved = minimise(law, u, y, starts, objective, weights, frozen)
-    best = int(np.argmin(solved.value))
-    theta, value, gap = solved.theta[best], float(solved.value[best]), None
-    if thorough and isinstance(law, SumLaw) and not law.signed_floor:
-        projected = project(law, u, y, objective, weights, frozen, starts[0])
-        gap = float(projected.value[0] / value - 1) if value > 1e-18 else 0.0
-        if projected.value[0] < value:
-            theta, value = projected.theta[0], float(projected.value[0])
-    share = float((solved.value <= value * (1 + REACHED) + 1e-18).mean())
+    theta, value, share, gap = _search(law, u, y, weights, objective, frozen, starts, thorough)
     fitted, gradient = law.evaluate(theta[None], u)
     residual, jac = objective.residuals(fitted, gradient, y)
     jacobian = jac[0][~frozen]
@@ -244,7 +268,9 @@ def fit(law: Law, points: Points, objective: Objective | None = None, floor: flo
     )  # fmt: skip
 
 
-def _remarks(law: Law, theta: Array, frozen: np.ndarray, share: float, gap: float | None, jac: Array, weights: Array) -> list[Warned]:
+def _remarks(
+    law: Law, theta: Array, frozen: np.ndarray, share: float, gap: float | None, jac: Array, weights: Array
+) -> list[Warned]:
     low, high = law.bounds()
     warned = []
     for name, value, a, b, held in zip(law.parameters, theta, low, high, frozen, strict=True):

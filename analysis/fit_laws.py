@@ -1,35 +1,44 @@
-"""Command line: any table of finished runs -> laws.json and a report.
+"""Command line: any table of finished runs -> laws.json, predictions.json and a report.
 
     python analysis/fit_laws.py                                   # results/local/runs.csv, all metrics, all groups
     python analysis/fit_laws.py points.csv --n params --d tokens --metric loss --law chinchilla --out fits
+    python analysis/fit_laws.py results/local results/icons       # what changed from one result to another
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+# the matrices here are 5 x 5: threads would only wait for each other
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from analysis.document import document, plain, write_json  # noqa: E402
+from analysis.assemble import assemble  # noqa: E402
+from analysis.bootstrap import METHODS  # noqa: E402
+from analysis.changes import changes, in_words  # noqa: E402
+from analysis.document import plain, write_json  # noqa: E402
 from analysis.laws import LAW_NAMES  # noqa: E402
 from analysis.solver import HUBER_DELTA, OBJECTIVES  # noqa: E402
-from analysis.study import Choice, study  # noqa: E402
-from analysis.table import InvalidTable, load  # noqa: E402
+from analysis.study import Choice, Study, study  # noqa: E402
+from analysis.table import InvalidTable, Table, load  # noqa: E402
 
 EXAMPLES = """examples:
   python analysis/fit_laws.py                            our own table, results/local/runs.csv, with its report
   python analysis/fit_laws.py results/icons/runs.csv --out results/icons
   python analysis/fit_laws.py points.csv --n params --d tokens --metric loss --law chinchilla --json
-  python analysis/fit_laws.py points.csv --n N --metric acc --se acc_se --law logit --c flops
+  python analysis/fit_laws.py points.csv --c flops --metric acc --se acc_se --law logit
+  python analysis/fit_laws.py results/local results/icons    what changed, with intervals
 
-Laws: power A N^-a | power-floor E + A N^-a | compute E + A C^-a | chinchilla E + A N^-a + B D^-b | kaplan | broken | logit.
-Exit code 2 with one line [CODE] when a table cannot answer."""
+laws: power A N^-a | power-floor E + A N^-a | compute E + A C^-a | chinchilla E + A N^-a + B D^-b | kaplan | broken
+(one break) | logit (bounded scores). A table that cannot answer: one line with a [CODE], exit code 2."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,73 +46,134 @@ def parser() -> argparse.ArgumentParser:
         prog="fit_laws.py", description="Fits scaling laws to a table of runs and writes laws.json and a report.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    p.add_argument("table", nargs="?", type=Path, help="CSV, parquet, JSON lines or a folder of runs (results/local/runs.csv)")
-    p.add_argument("--n", metavar="COLUMN", help="parameters (params_total)")
-    p.add_argument("--d", metavar="COLUMN", help="data size (images)")
-    p.add_argument("--c", metavar="COLUMN", help="training FLOPs (train_flops)")
-    p.add_argument("--metric", action="append", default=[], metavar="COLUMN", help="metric to fit; repeatable (all known ones)")
-    p.add_argument("--se", metavar="COLUMN", help="standard error of the metric (METRIC_se)")
-    p.add_argument("--group", metavar="A,B", help="columns that make a group, each fitted alone (token_kind,order)")
-    p.add_argument("--cluster", metavar="COLUMN", help="rows that share it are not independent (trunk_id)")
-    p.add_argument("--law", action="append", default=[], choices=LAW_NAMES, help="law; repeatable (each metric's own)")
-    p.add_argument("--objective", choices=OBJECTIVES, help="what is minimised (huber-log; scores: quasi-binomial)")
-    p.add_argument("--delta", type=float, default=HUBER_DELTA, help=f"Huber threshold on log residuals ({HUBER_DELTA})")
-    p.add_argument("--floor", type=float, metavar="E", help="fix the floor E in the metric's units (free; FD: measured)")
-    p.add_argument("--level", type=float, default=0.95, help="level of all intervals (0.95)")
-    p.add_argument("--out", type=Path, help="folder for laws.json and report/ (the table's own)")
-    p.add_argument("--no-report", action="store_true", help="laws.json only")
-    p.add_argument("--json", action="store_true", help="print laws.json instead of the summary")
+    p.add_argument("table", nargs="*", type=Path, metavar="TABLE",
+                   help="CSV, parquet, JSON lines, a folder of runs or of results; two are compared")  # fmt: skip
+    columns = p.add_argument_group("columns (default: the project's own)")
+    columns.add_argument("--n", metavar="COLUMN", help="parameters (params_total)")
+    columns.add_argument("--d", metavar="COLUMN", help="data size (images)")
+    columns.add_argument("--c", metavar="COLUMN", help="training FLOPs (train_flops)")
+    columns.add_argument("--metric", action="append", default=[], metavar="COLUMN", help="repeatable (all known ones)")
+    columns.add_argument("--se", metavar="COLUMN", help="standard error of the metric (METRIC_se)")
+    columns.add_argument("--group", metavar="A,B", help="columns whose values are fitted apart (token_kind,order)")
+    columns.add_argument("--cluster", metavar="COLUMN", help="rows that share it are not independent (trunk_id)")
+    how = p.add_argument_group("fit")
+    how.add_argument("--law", action="append", default=[], choices=LAW_NAMES, help="repeatable (each metric's own)")
+    how.add_argument("--objective", choices=OBJECTIVES, help="huber-log; scores: quasi-binomial; val_nll: lse")
+    how.add_argument("--delta", type=float, default=HUBER_DELTA, help=f"Huber threshold on log residuals ({HUBER_DELTA})")
+    how.add_argument("--floor", type=float, metavar="E", help="fix the floor E, in the metric's units (FD: measured)")
+    how.add_argument("--interval", choices=METHODS, default=METHODS[0], help="how parameters get their intervals")
+    how.add_argument("--level", type=float, default=0.95, help="level of all intervals (0.95)")
+    where = p.add_argument_group("output")
+    where.add_argument("--out", type=Path, metavar="DIR", help="folder of laws.json and report/ (the table's own)")
+    where.add_argument("--runs", type=Path, metavar="DIR", help="run folders, for learning curves (runs/ up the path)")
+    where.add_argument("--plan", type=Path, metavar="JSON", help="plan --json: its larger runs are predicted in advance")
+    where.add_argument("--no-report", action="store_true", help="laws.json and predictions.json only")
+    where.add_argument("--json", action="store_true", help="print laws.json instead of the summary")
     return p
 
 
-def summary(doc: dict) -> str:
+def summary(doc: dict[str, Any]) -> str:
     """One line a fit: exponents with intervals, or why there are none."""
     lines = []
     for f in doc["fits"]:
-        names = [k for k in f["intervals"] if k in ("alpha", "beta", "alpha_N", "alpha_D", "slope")]
-        values = "  ".join(
-            f"{k} {f['params'][k]:.4f} [{f['intervals'][k][0]:.4f}, {f['intervals'][k][1]:.4f}]" for k in names
-        )
+        names = [k for k in f["intervals"] if k in ("alpha", "beta", "alpha_N", "alpha_D", "delta", "slope")]
+        ends = {k: f["intervals"][k] for k in names}
+        values = "  ".join(f"{k} {f['params'][k]:.4f} [{ends[k][0]:.4f}, {ends[k][1]:.4f}]" for k in names)
         codes = " ".join(w["code"] for w in f["warnings"])
         group = "-".join(f["group"].values()) or "all"
         lines.append(f"{group:20} {f['metric']:22} {f['law']:12} {','.join(f['axes']):4} {values}  {codes}".rstrip())
     for r in doc["refused"]:
         group = "-".join(r["group"].values()) or "all"
         lines.append(f"{group:20} {r['metric']:22} {r['law'] or '':12} refused [{r['code']}] {r['message']}")
+    lines += [f"{v['verdict']:12} {v['claim']}" for v in doc["verdicts"]]
     return "\n".join(lines)
 
 
-def run(args: argparse.Namespace) -> dict:
-    """Reads, fits, writes laws.json and the report; returns the document."""
-    table_path = args.table or ROOT / "results/local/runs.csv"
+def _table_path(path: Path) -> Path:
+    """A results folder stands for the table in it; a folder of runs for itself."""
+    for name in ("runs.csv", "runs.parquet"):
+        if (path / name).is_file():
+            return path / name
+    return path
+
+
+def _load(args: argparse.Namespace, path: Path) -> Table:
     group = None if args.group is None else tuple(filter(None, args.group.split(",")))
-    table = load(table_path, n=args.n, d=args.d, c=args.c, group=group, cluster=args.cluster, se=args.se)
-    choice = Choice(tuple(args.law), tuple(args.metric), args.objective, args.delta, args.floor, args.level)
-    doc = plain(document(study(table, choice)))
+    return load(path, n=args.n, d=args.d, c=args.c, group=group, cluster=args.cluster, se=args.se)
+
+
+def _choice(args: argparse.Namespace) -> Choice:
+    if not 0.5 <= args.level < 1:
+        raise InvalidTable("BAD_LEVEL", f"--level {args.level} is not in [0.5, 1)")
+    if not args.delta > 0:
+        raise InvalidTable("BAD_DELTA", f"--delta {args.delta} is not positive")
+    laws, metrics = tuple(args.law), tuple(args.metric)
+    return Choice(laws, metrics, args.objective, args.delta, args.floor, args.level, args.interval)
+
+
+def _runs_beside(table: Path) -> Path:
+    """runs/ of the project that the table's results lie in; the table itself where that is a folder of runs."""
+    if table.is_dir():
+        return table
+    for parent in table.resolve().parents:
+        if (parent / "runs").is_dir():
+            return parent / "runs"
+    return table.parent / "runs"
+
+
+def _planned(path: Path | None) -> list[dict[str, Any]]:
+    if path is None:
+        return []
+    try:
+        return list(json.loads(path.read_text())["runs"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidTable("UNREADABLE_PLAN", f"{path} is no plan: write one with `make plan` --json ({error})") from error
+
+
+def fit_table(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """Reads, fits, writes laws.json, predictions.json and the report; returns the document."""
+    table_path = _table_path(path)
     folder = args.out or (table_path if table_path.is_dir() else table_path.parent)
+    result = study(_load(args, table_path), _choice(args))
+    runs = args.runs or _runs_beside(table_path)
+    doc = plain(assemble(result, folder / "predictions.json", runs, _planned(args.plan)))
     write_json(folder / "laws.json", doc)
     if not args.no_report:
+        # drawing costs more to import than fitting: only where a report is wanted
         from analysis.report import build
 
         build(folder / "laws.json", table_path.parent / "samples")
     return doc
 
 
+def compare_tables(args: argparse.Namespace, before: Path, after: Path) -> dict[str, Any]:
+    """What changed from one table to another; written to --out where given."""
+    studies: list[Study] = [study(_load(args, _table_path(p)), _choice(args)) for p in (before, after)]
+    found = plain(changes(studies[0], studies[1], args.level))
+    if args.out:
+        write_json(args.out / "changes.json", found)
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     start = time.perf_counter()
+    paths = args.table or [ROOT / "results/local/runs.csv"]
     try:
-        if not 0.5 <= args.level < 1:
-            raise InvalidTable("BAD_LEVEL", f"--level {args.level} is not in [0.5, 1)")
-        doc = run(args)
+        if len(paths) > 2:
+            raise InvalidTable("TOO_MANY_TABLES", f"{len(paths)} tables: give one to fit or two to compare")
+        found = compare_tables(args, *paths) if len(paths) == 2 else fit_table(args, paths[0])
     except InvalidTable as error:
         print(f"fit_laws: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"fit_laws: [UNWRITABLE] {error.filename}: {error.strerror}: choose another --out", file=sys.stderr)
         return 2
-    print(json.dumps(doc, indent=1) if args.json else summary(doc))
-    print(f"{len(doc['fits'])} fits in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print(in_words(found) if len(paths) == 2 else summary(found))
+    print(f"done in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     return 0
 
 

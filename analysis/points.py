@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -11,8 +12,6 @@ import pandas as pd
 from analysis.laws import Array
 from analysis.table import InvalidTable, Table, kind_of, numbers
 
-# labels that must agree within one group before its values may be compared at all
-AGREEING = (("_unit", "MIXED_UNITS", "units"), ("_protocol", "MIXED_PROTOCOLS", "protocols"))
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,8 @@ class Points:
     group: Mapping[str, str]
     metric: str
     kind: str
-    unit: str
-    protocol: str
+    units: np.ndarray
+    protocols: np.ndarray
     rows: np.ndarray
     n: Array
     d: Array
@@ -49,30 +48,57 @@ class Points:
 
     def take(self, mask: np.ndarray) -> Points:
         """The points that a boolean mask or an index array selects."""
-        names = ("rows", "n", "d", "c", "y", "se", "count", "cluster", "seed")
+        names = ("units", "protocols", "rows", "n", "d", "c", "y", "se", "count", "cluster", "seed")
         return replace(self, **{name: getattr(self, name)[mask] for name in names})
 
     def largest_data(self) -> Points:
         """At each model size the rows of its largest data size: the ladder that one-axis laws are fitted to."""
         if not np.isfinite(self.d).all() or not np.isfinite(self.n).all():
             return self
-        most = {size: self.d[self.n == size].max() for size in np.unique(self.n)}
-        return self.take(np.array([np.isclose(d, most[size]) for size, d in zip(self.n, self.d, strict=True)], bool))
+        most = np.zeros(len(self))
+        for size in np.unique(self.n):
+            most[self.n == size] = self.d[self.n == size].max()
+        top = self.d >= most * (1 - 1e-9)
+        return self if top.all() else self.take(top)
 
-    @property
+    @cached_property
     def name(self) -> str:
         return "-".join(self.group.values()) or "all"
 
+    @cached_property
+    def unit(self) -> str:
+        """The unit at the largest data size; "" where the table gives none."""
+        return _one(self.largest_data().units)
 
-def _label(rows: pd.DataFrame, metric: str, suffix: str, code: str, what: str, group: Mapping[str, str]) -> str:
-    column = metric + suffix
+    @cached_property
+    def protocol(self) -> str:
+        """The protocol at the largest data size; smaller ones may be evaluated more lightly."""
+        return _one(self.largest_data().protocols)
+
+    def agree(self) -> None:
+        """Raises InvalidTable where units, protocols or sample counts of a biased metric are mixed."""
+        labels = [("MIXED_UNITS", "units", self.units), ("MIXED_PROTOCOLS", "protocols", self.protocols)]
+        if self.kind == "distance":
+            labels.append(("MIXED_COUNTS", "sample counts", self.count[np.isfinite(self.count)]))
+        for code, what, values in labels:
+            found = [str(v) for v in np.unique(values) if str(v)]
+            if len(found) > 1:
+                raise InvalidTable(
+                    code, f"{self.metric} in {self.name} mixes {what} {', '.join(found)}: they cannot share a law; "
+                    "split them with --group or evaluate again under one"
+                )  # fmt: skip
+
+
+def _one(labels: np.ndarray) -> str:
+    found = [str(v) for v in np.unique(labels) if str(v)]
+    return " / ".join(found)
+
+
+def _labels(rows: pd.DataFrame, column: str) -> np.ndarray:
     if column not in rows:
-        return ""
-    found = sorted({str(v).strip() for v in rows[column].dropna()} - {""})
-    if len(found) > 1:
-        where = "-".join(group.values()) or "the table"
-        raise InvalidTable(code, f"{metric} in {where} mixes {what} {', '.join(found)}: split them with --group {column}")
-    return found[0] if found else ""
+        return np.full(len(rows), "", dtype=object)
+    text = rows[column].astype(object).where(rows[column].notna(), "").astype(str).str.strip()
+    return text.to_numpy(dtype=object).astype(str)
 
 
 def _constant(rows: pd.DataFrame, column: str) -> float | None:
@@ -122,22 +148,25 @@ def _drop_duplicates(rows: pd.DataFrame, table: Table, metric: str, excluded: li
     return rows
 
 
-def select(table: Table, group: Mapping[str, str], rows: pd.DataFrame, metric: str, kind: str | None = None) -> tuple[Points, list[dict]]:
+def select(
+    table: Table, group: Mapping[str, str], rows: pd.DataFrame, metric: str, kind: str | None = None
+) -> tuple[Points, list[dict]]:
     """One group's points for one metric and what was excluded for it. Raises InvalidTable."""
     if metric not in rows:
         have = ", ".join(map(str, list(rows.columns)[:12]))
-        raise InvalidTable("MISSING_COLUMN", f"{table.source} has no column {metric} (it has {have}): name yours with --metric")
+        message = f"{table.source} has no column {metric} (it has {have}): name yours with --metric"
+        raise InvalidTable("MISSING_COLUMN", message)
     kind = kind or kind_of(metric) or "loss"
     excluded: list[dict] = []
     values, blank, broken = numbers(rows[metric])
     outside, why = _bad_values(values, kind, metric)
     outside &= ~blank & ~broken
-    for mask, code, reason in ((broken, "NOT_A_NUMBER", f"{metric} is not a finite number"), (outside, "OUT_OF_RANGE", why)):
+    not_number = f"{metric} is not a finite number"
+    for mask, code, reason in ((broken, "NOT_A_NUMBER", not_number), (outside, "OUT_OF_RANGE", why)):
         for row, run in zip(rows["_row"][mask], rows.get("run_id", rows["_row"])[mask], strict=True):
             excluded.append({"row": int(row), "run_id": str(run), "code": code, "reason": reason})
     rows = rows.assign(**{metric: values})[~blank & ~broken & ~outside]
     rows = _drop_duplicates(rows, table, metric, excluded)
-    unit, protocol = (_label(rows, metric, *spec, group) for spec in AGREEING)
     columns = table.columns
     se_name = columns.se or f"{metric}_se"
     nothing = np.full(len(rows), np.nan)
@@ -150,8 +179,8 @@ def select(table: Table, group: Mapping[str, str], rows: pd.DataFrame, metric: s
         group=dict(group),
         metric=metric,
         kind=kind,
-        unit=unit,
-        protocol=protocol,
+        units=_labels(rows, f"{metric}_unit"),
+        protocols=_labels(rows, f"{metric}_protocol"),
         rows=rows["_row"].to_numpy(int),
         n=column(columns.n),
         d=column(columns.d),

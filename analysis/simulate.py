@@ -45,9 +45,9 @@ TRUTHS: Mapping[tuple[str, str], ArmTruth] = {
 def chinchilla_points(n: Array, d: Array, noise: float, rng: np.random.Generator, truth: Mapping[str, float] = CHINCHILLA) -> Points:
     """Points of Chinchilla's law at (n, d) with log-normal noise; every run its own cluster."""
     mean = truth["E"] + truth["A"] * n ** -truth["alpha"] + truth["B"] * d ** -truth["beta"]
-    blank, rows = np.full(len(n), np.nan), np.arange(len(n))
+    blank, rows, label = np.full(len(n), np.nan), np.arange(len(n)), np.full(len(n), "")
     y = mean * np.exp(noise * rng.normal(size=len(n)))
-    return Points({}, "loss", "loss", "", "", rows, n, d, 6 * n * d, y, blank, blank, rows, np.zeros(len(n), int))
+    return Points({}, "loss", "loss", label, label, rows, n, d, 6 * n * d, y, blank, blank, rows, np.zeros(len(n), int))
 
 
 def grid(sizes: int, ratios: int) -> tuple[Array, Array]:

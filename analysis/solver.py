@@ -14,6 +14,10 @@ from analysis.laws import Array, Law, SumLaw
 
 # Hoffmann et al. 2022 (arXiv 2203.15556), appendix D.2
 HUBER_DELTA = 1e-3
+# a relative fall of the objective that rounding alone can make
+IDLE = 1e-14
+# damping at which a step that does not descend shows the optimum: at 1 it already majorises the objective
+NO_DESCENT = 1e5
 OBJECTIVES = ("huber-log", "lse-log", "lse", "quasi-binomial")
 
 
@@ -90,9 +94,11 @@ def _step(state: _State, weights: Array, objective: Objective, frozen: np.ndarra
     jac, res = state.jacobian, state.residual
     if objective.robust:
         size = np.abs(res)
+        inside = size <= objective.delta
         psi = weights * np.clip(res, -objective.delta, objective.delta)
-        newton = (jac * (weights * (size <= objective.delta))[:, None]) @ jac.transpose(0, 2, 1)
-        major = (jac * (weights * objective.delta / np.maximum(size, objective.delta))[:, None]) @ jac.transpose(0, 2, 1)
+        newton = (jac * (weights * inside)[:, None]) @ jac.transpose(0, 2, 1)
+        damped = weights * objective.delta / np.maximum(size, objective.delta)
+        major = (jac * damped[:, None]) @ jac.transpose(0, 2, 1)
     else:
         psi = weights * res
         newton = major = (jac * weights[:, None]) @ jac.transpose(0, 2, 1)
@@ -120,7 +126,7 @@ def minimise(
     """Minimises a batch of problems that share their coordinates u (axes, n).
 
     y and weights are (n,) or one row a problem (B, n); start is (B, p); frozen (p,) marks coordinates kept as given.
-    A problem has converged when a full step moves every coordinate by less than `tolerance`, or none descends.
+    A problem has converged when a full step moves every coordinate by less than `tolerance`, or none descends any more.
     """
     low, high = law.bounds()
     batch = len(start)
@@ -131,7 +137,7 @@ def minimise(
     final, reached, done = theta.copy(), np.full(batch, np.inf), np.zeros(batch, bool)
     live = np.arange(batch)
     state = _look(law, u, y, weights, objective, theta)
-    state.damping = np.full(batch, 1.0 if objective.robust else 1e-2)
+    state.damping = np.full(batch, 1.0 if objective.robust else 1e-3)
     for _ in range(iterations):
         y_live, w_live = y[live], weights[live]
         step = _step(state, w_live, objective, frozen, low, high)
@@ -139,9 +145,12 @@ def minimise(
         moved = np.abs(trial - state.theta).max(1)
         seen = _look(law, u, y_live, w_live, objective, trial)
         better = seen.objective < state.objective
-        stop = (better & (moved < tolerance) & (state.damping < 1e-2)) | (~better & (state.damping > 1e9))
+        with np.errstate(invalid="ignore"):
+            idle = state.objective - seen.objective <= IDLE * np.abs(state.objective)
+        stop = np.where(better, ((moved < tolerance) | idle) & (state.damping < 1e-2), state.damping > NO_DESCENT)
         stop |= ~better & (moved < tolerance)
-        state.damping = np.clip(np.where(better, state.damping * 0.1, np.maximum(state.damping, 1e-8) * 8.0), 1e-14, 1e12)
+        harder = np.maximum(state.damping, 1e-8) * 8.0
+        state.damping = np.clip(np.where(better, state.damping * 0.1, harder), 1e-14, 1e12)
         state.theta = np.where(better[:, None], trial, state.theta)
         state.objective = np.where(better, seen.objective, state.objective)
         state.residual[better], state.jacobian[better] = seen.residual[better], seen.jacobian[better]
@@ -156,7 +165,9 @@ def minimise(
     return Solution(final, reached, done)
 
 
-def project(law: SumLaw, u: Array, y: Array, objective: Objective, weights: Array, frozen: np.ndarray, theta: Array) -> Solution:
+def project(
+    law: SumLaw, u: Array, y: Array, objective: Objective, weights: Array, frozen: np.ndarray, theta: Array
+) -> Solution:
     """Variable projection: exponents on a zooming grid, floor and amplitudes solved for each; polished at the end.
 
     Independent of the multi-start's path: exponents are searched from the whole allowed range, not from `theta`, which

@@ -9,6 +9,7 @@ import numpy as np
 
 from analysis.fit import Fit, Warned, default_objective, fit
 from analysis.laws import Law, SumLaw, law
+from analysis.noise import lack_of_fit, pooled, seed_noise
 from analysis.points import Points, select
 from analysis.solver import HUBER_DELTA, Objective
 from analysis.table import InvalidTable, Table
@@ -27,6 +28,7 @@ class Choice:
     delta: float = HUBER_DELTA
     floor: float | None = None
     level: float = 0.95
+    interval: str = "gauss-newton-t"
 
     @property
     def explicit(self) -> bool:
@@ -86,15 +88,16 @@ def _axes_present(chosen: Law, table: Table) -> bool:
     return all(table.columns.axis(axis) for axis in chosen.axes)
 
 
-def fit_one(chosen: Law, points: Points, choice: Choice) -> Fit:
+def fit_one(chosen: Law, points: Points, choice: Choice, thorough: bool = True) -> Fit:
     """One law on one metric's points, with the metric's own floor and objective. Raises InvalidTable."""
     used = suited(chosen, points)
+    used.agree()
     floor, warned = fixed_floor(used)
     if choice.floor is not None:
         floor, warned = choice.floor, []
     floored = isinstance(chosen, SumLaw) and chosen.floored
     objective = Objective(choice.objective, choice.delta) if choice.objective else default_objective(used, choice.delta)
-    done = fit(chosen, used, objective, floor if floored else None)
+    done = fit(chosen, used, objective, floor if floored else None, thorough)
     return replace(done, warnings=(*done.warnings, *(warned if floored else [])))
 
 
@@ -141,4 +144,13 @@ def study(table: Table, choice: Choice) -> Study:
         first = refused[0] if refused else excluded[0] if excluded else None
         detail = first.get("message", first.get("reason")) if first else "every metric cell is blank"
         raise InvalidTable(str(first["code"]) if first else "NOTHING_MEASURED", f"{table.source}: no usable value: {detail}")
-    return Study(table, choice, tuple(all_points), tuple(fits), tuple(refused), tuple(excluded))
+    return Study(table, choice, tuple(all_points), tuple(_checked(fits, all_points)), tuple(refused), tuple(excluded))
+
+
+def _checked(fits: Sequence[Fit], points: Sequence[Points]) -> list[Fit]:
+    """Fits with a remark where replicates, pooled over groups, show that the law's form misses the data."""
+    by_metric = {
+        metric: pooled([n for p in points if p.metric == metric and (n := seed_noise(p)) is not None])
+        for metric in {p.metric for p in points}
+    }
+    return [replace(f, warnings=(*f.warnings, *lack_of_fit(f, by_metric[f.points.metric]))) for f in fits]

@@ -109,8 +109,10 @@ def read(path: Path | str) -> tuple[pd.DataFrame, str]:
         elif path.suffix in (".jsonl", ".ndjson"):
             frame = pd.DataFrame([json.loads(line) for line in blob.decode("utf-8-sig").splitlines() if line.strip()])
         else:
-            text = blob.decode("utf-8-sig")
-            frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, comment="#", skipinitialspace=True)
+            lines = blob.decode("utf-8-sig").splitlines(keepends=True)
+            notes = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+            text = "".join(lines[notes:])
+            frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, skipinitialspace=True)
     except (ValueError, OSError, pd.errors.ParserError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidTable("UNREADABLE_TABLE", f"{path} is no readable {path.suffix or 'CSV'} table: {reason}") from error

@@ -1,0 +1,137 @@
+"""From a study to the whole of laws.json: rollouts, law choice, comparisons, links, allocation, verdicts, curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.allocation import allocation
+from analysis.compare import comparisons
+from analysis.curves import learning_curves
+from analysis.document import document
+from analysis.fit import Fit
+from analysis.isoflop import profiles
+from analysis.laws import Law, law
+from analysis.links import ceiling_band, link
+from analysis.noise import pooled, seed_noise
+from analysis.points import Points
+from analysis.predictions import keep_record, register
+from analysis.rollout import Refit, rollout, score
+from analysis.sensitivity import sensitivity
+from analysis.study import Choice, Study, fit_one
+from analysis.table import InvalidTable
+from analysis.verdicts import verdicts
+
+# the broken law has five parameters: fewer rungs cannot tell its break from noise
+RUNGS_FOR_A_BREAK = 7
+
+
+def refitter(chosen: Law, choice: Choice) -> Refit:
+    """The same law, floor and objective on other points, without the slower cross-check of the optimum."""
+    return lambda points: fit_one(chosen, points, choice, thorough=False)
+
+
+def _candidates(points: Points) -> list[Law]:
+    if points.kind == "score":
+        return [law("logit", "n")]
+    if points.kind == "signed":
+        return [law("power-floor", signed_floor=True)]
+    out = [law("power"), law("power-floor")]
+    if len(np.unique(points.n)) >= RUNGS_FOR_A_BREAK:
+        out.append(law("broken"))
+    return [*out, law("chinchilla"), law("kaplan")] if points.kind == "loss" else out
+
+
+def _law_choice(points: Points, choice: Choice, rollouts: dict[tuple[str, ...], list[dict]]) -> list[dict[str, Any]]:
+    """Every candidate's held-out error, coverage and AICc; `chosen` marks the least held-out error."""
+    rows = []
+    for candidate in _candidates(points):
+        try:
+            fitted = fit_one(candidate, points, choice, thorough=False)
+        except InvalidTable as error:
+            rows.append({"law": candidate.name, "axes": list(candidate.axes), "code": error.code})
+            continue
+        key = (points.metric, points.name, candidate.name, *candidate.axes)
+        rollouts.setdefault(key, rollout(points, refitter(candidate, choice), choice.level))
+        shape = {"law": candidate.name, "axes": list(candidate.axes), "n_runs": len(fitted.points), "aicc": fitted.aicc}
+        rows.append(shape | {"rollout": score(rollouts[key])})
+    judged = [r for r in rows if r.get("rollout")]
+    best = min(judged, key=lambda r: r["rollout"]["rms_relative_error"], default=None)
+    return [{"group": dict(points.group), "metric": points.metric, **r, "chosen": r is best} for r in rows]
+
+
+def _links(result: Study, losses: dict[str, Points]) -> list[dict[str, Any]]:
+    out = []
+    for p in result.points:
+        loss = losses.get(p.name)
+        if loss is None or p.kind not in ("distance", "score") or p.metric.startswith("geneval_"):
+            continue
+        found = link(loss, p, refitter(law("power-floor"), result.choice), result.choice.level)
+        if found:
+            out.append(found)
+    return out
+
+
+def _sensitivities(result: Study) -> list[dict[str, Any]]:
+    chosen = [f for f in result.fits if f.points.kind == "loss" and f.law.name in ("power-floor", "chinchilla")]
+    level, frame = result.choice.level, result.table.frame
+    return [row for f in chosen for row in sensitivity(f, frame, level)]
+
+
+def _noise(result: Study) -> list[dict[str, Any]]:
+    """Seed noise per metric, pooled over groups; or the statement that there are no replicates."""
+    out = []
+    for metric in dict.fromkeys(p.metric for p in result.points):
+        found = [n for p in result.points if p.metric == metric and (n := seed_noise(p)) is not None]
+        whole = pooled(found) if found else None
+        row = {"metric": metric, "standard_deviation": whole.relative if whole else None, "dof": whole.dof if whole else 0}
+        out.append(row)
+    return out
+
+
+def _attach_rollouts(doc: dict[str, Any], fits: Sequence[Fit], rollouts: dict) -> None:
+    for shown, f in zip(doc["fits"], fits, strict=True):
+        if len(f.law.axes) == 1 and f.law.axes != ("n",):
+            continue
+        key = (f.points.metric, f.points.name, f.law.name, *f.law.axes)
+        shown["rollout"] = rollouts.get(key, [])
+
+
+def assemble(result: Study, predictions: Path | None, runs: Path, planned: Sequence[dict] = ()) -> dict[str, Any]:
+    """The document of a study. `predictions` is the record kept beside laws.json (None: none is kept)."""
+    doc, choice = document(result), result.choice
+    headline = [p for p in result.points if not p.metric.startswith("geneval_")]
+    rollouts: dict[tuple[str, ...], list[dict]] = {}
+    doc["law_choice"] = [row for p in headline for row in _law_choice(p, choice, rollouts)]
+    _attach_rollouts(doc, result.fits, rollouts)
+    losses = {p.name: p for p in result.points if p.kind == "loss"}
+    joint = [a for f in result.fits if (a := allocation(f, choice.level))]
+    of = {(a["metric"], "-".join(a["group"].values()) or "all"): a for a in joint}
+    scores = [p for p in headline if p.kind == "score" and np.isfinite(p.c).all() and len(p)]
+    doc |= {
+        "noise": _noise(result),
+        "allocation": joint,
+        "isoflop": [row for p in headline for row in profiles(p, choice.level, of.get((p.metric, p.name)))],
+        "links": _links(result, losses),
+        "ceilings": [row for p in scores for row in ceiling_band(p, lambda chosen, points: fit_one(chosen, points, choice, thorough=False))],
+        **comparisons(result.points, result.fits, choice.level),
+        "sensitivity": _sensitivities(result),
+        "verdicts": verdicts(result.points, result.fits, choice.level),
+        "learning_curves": learning_curves(result.table.frame, runs, result.table.columns.group),
+        "recommended_runs": [],
+    }
+    if predictions is not None:
+        entries = [e for p in headline for e in _registered(p, choice, planned)]
+        doc["predictions"] = keep_record(predictions, entries, headline)
+    return doc
+
+
+def _registered(points: Points, choice: Choice, planned: Sequence[dict]) -> list[dict[str, Any]]:
+    chosen = law("logit", "n") if points.kind == "score" else law("power-floor", signed_floor=points.kind == "signed")
+    mine = [r for r in planned if all(str(r.get(k)) == v for k, v in points.group.items())]
+    places = [{"n": float(r["params_total"]), "d": float(r["images"]), "c": float(r["train_flops"])} for r in mine]
+    return register(points, refitter(chosen, choice), choice.level, places)
+

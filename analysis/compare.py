@@ -1,0 +1,188 @@
+"""Arms against each other: paired differences, where one overtakes another, and which is best at a given compute.
+
+Only metrics of one unit and protocol are compared. Runs of one size, data size and seed saw the same data in the same
+order and are scored on the same prompts, so differences are taken pair by pair before anything is averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from analysis.fit import Fit
+from analysis.laws import Array
+from analysis.points import Points
+
+DRAWS = 2000
+# a crossing is looked for this far (in decades) on either side of the measured range
+REACH = 2.0
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Metric of arm a minus that of arm b; for losses and distances the difference of logs (about a relative one)."""
+
+    metric: str
+    a: str
+    b: str
+    at: str
+    effect: float
+    low: float
+    high: float
+    pairs: int
+    rows: tuple[int, ...]
+
+    @property
+    def sign(self) -> int:
+        """+1 or -1 where the interval excludes zero, else 0."""
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+
+def comparable(a: Points, b: Points) -> bool:
+    """Whether two groups' values may be subtracted: same metric, unit and protocol, both known to agree."""
+    return a.metric == b.metric and (a.unit, a.protocol) == (b.unit, b.protocol)
+
+
+def _transformed(points: Points) -> Array:
+    return points.y if points.kind in ("score", "signed") else np.log(points.y)
+
+
+def _run_variance(points: Points, fit: Fit | None) -> tuple[Array, float]:
+    """Variance of each point around its law: evaluation error or the residuals' spread, whichever is larger; dof."""
+    error = np.nan_to_num(points.se if points.kind in ("score", "signed") else points.se / points.y) ** 2
+    if fit is None or not fit.objective.logarithmic:
+        return error, float("inf")
+    return np.maximum(error, fit.within[0] + fit.between[0]), fit.within[1]
+
+
+def _by_rank(points: Points) -> list[np.ndarray]:
+    """Indices of the points of each size, smallest first; arms may differ slightly in parameters at equal size."""
+    return [np.flatnonzero(points.n == n) for n in np.unique(points.n)]
+
+
+def contrast(a: Points, b: Points, fit_a: Fit | None, fit_b: Fit | None, at: str, level: float) -> Contrast | None:
+    """The difference a - b `at` the "smallest" or "largest" size, or over "all" sizes; None where they cannot be paired.
+
+    One size: an interval from run-to-run and evaluation noise. All sizes: Student's t over the paired differences.
+    """
+    if not comparable(a, b):
+        return None
+    a, b = a.largest_data(), b.largest_data()
+    ranks_a, ranks_b = _by_rank(a), _by_rank(b)
+    if len(ranks_a) != len(ranks_b) or not ranks_a:
+        return None
+    ya, yb = _transformed(a), _transformed(b)
+    differences = np.array([ya[i].mean() - yb[j].mean() for i, j in zip(ranks_a, ranks_b, strict=True)])
+    chosen = {"smallest": [0], "largest": [-1], "all": list(range(len(ranks_a)))}[at]
+    rows = tuple(int(r) for k in chosen for r in (*a.rows[ranks_a[k]], *b.rows[ranks_b[k]]))
+    if at == "all":
+        if len(differences) < 3:
+            return None
+        effect = float(differences.mean())
+        error = float(differences.std(ddof=1) / np.sqrt(len(differences)))
+        half = float(stats.t.ppf(0.5 + level / 2, len(differences) - 1)) * error
+    else:
+        k = chosen[0]
+        effect, variance, dof = float(differences[k]), 0.0, 0.0
+        for points, ranks, fit in ((a, ranks_a, fit_a), (b, ranks_b, fit_b)):
+            spread, freedom = _run_variance(points, fit)
+            variance += float(spread[ranks[k]].mean()) / len(ranks[k])
+            dof += freedom
+        if variance == 0.0:
+            return None
+        half = float(stats.t.ppf(0.5 + level / 2, dof)) * float(np.sqrt(variance))
+    return Contrast(a.metric, a.name, b.name, at, effect, effect - half, effect + half, len(chosen), rows)
+
+
+def draw(fit: Fit, count: int, rng: np.random.Generator) -> Array:
+    """Parameter vectors (count, p) from the fit's multivariate t, kept inside the law's bounds."""
+    root = np.linalg.cholesky(fit.covariance + 1e-18 * np.eye(len(fit.theta)))
+    scale = np.sqrt(fit.within[1] / rng.chisquare(fit.within[1], size=(count, 1)))
+    low, high = fit.law.bounds()
+    return np.clip(fit.theta + scale * (rng.standard_normal((count, len(fit.theta))) @ root.T), low, high)
+
+
+def _curves(fit: Fit, thetas: Array, x: Array) -> Array:
+    return fit.law.evaluate(thetas, fit.coordinates(**{fit.law.axes[0]: x}))[0] * fit.scale
+
+
+def _first_crossing(difference: Array, x: Array) -> Array:
+    """Where each row of `difference` (B, n) first changes sign along x; NaN where it does not."""
+    change = difference[:, :-1] * difference[:, 1:] < 0
+    where = np.argmax(change, axis=1)
+    rows = np.arange(len(difference))
+    d0, d1 = difference[rows, where], difference[rows, where + 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.where(change.any(1), d0 / (d0 - d1), np.nan)
+    return np.exp(np.log(x[where]) + share * (np.log(x[where + 1]) - np.log(x[where])))
+
+
+def crossing(a: Fit, b: Fit, level: float, rng: np.random.Generator) -> dict[str, Any] | None:
+    """Where the laws of two arms meet along their common axis: point, interval, and how often they meet at all.
+
+    None for unlike units or axes. The interval is over the draws that meet within REACH decades of the data.
+    """
+    if not comparable(a.points, b.points) or a.law.axes != b.law.axes or len(a.law.axes) > 1:
+        return None
+    axis = a.law.axes[0]
+    values = np.concatenate([a.points.axis(axis), b.points.axis(axis)])
+    x = np.geomspace(values.min() / 10**REACH, values.max() * 10**REACH, 160)
+    best = _first_crossing(_curves(a, a.theta[None], x) - _curves(b, b.theta[None], x), x)[0]
+    met = _first_crossing(_curves(a, draw(a, DRAWS, rng), x) - _curves(b, draw(b, DRAWS, rng), x), x)
+    share = float(np.isfinite(met).mean())
+    tail = 50 * (1 - level)
+    found = met[np.isfinite(met)]
+    bounds = [float(v) for v in np.percentile(found, [tail, 100 - tail])] if share > 0.5 else None
+    return {
+        "metric": a.points.metric, "unit": a.points.unit, "a": a.points.name, "b": b.points.name, "axis": axis,
+        "at": float(best) if np.isfinite(best) else None, "interval": bounds, "share_of_draws": share,
+        "inside_data": bool(np.isfinite(best) and values.min() <= best <= values.max()),
+    }  # fmt: skip
+
+
+def chance_of_best(fits: Sequence[Fit], places: Array, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """At each place along the fits' common axis: the probability that each arm's law is the best of all."""
+    values = np.stack([_curves(f, draw(f, DRAWS, rng), places) for f in fits])
+    best = values.argmax(0) if fits[0].points.kind == "score" else values.argmin(0)
+    top = max(float(f.points.axis(f.law.axes[0]).max()) for f in fits)
+    return [
+        {
+            "metric": fits[0].points.metric, "unit": fits[0].points.unit, "axis": fits[0].law.axes[0], "at": float(x),
+            "decades": max(0.0, float(np.log10(x / top))),
+            "chance": {f.points.name: float((best[:, i] == k).mean()) for k, f in enumerate(fits)},
+        }
+        for i, x in enumerate(places)
+    ]  # fmt: skip
+
+
+def by_unit(fits: Sequence[Fit]) -> list[list[Fit]]:
+    """Fits whose metrics may be compared, together."""
+    sets: dict[tuple[str, str, str], list[Fit]] = {}
+    for f in fits:
+        sets.setdefault((f.points.metric, f.points.unit, f.points.protocol), []).append(f)
+    return [members for members in sets.values() if len(members) > 1]
+
+
+def comparisons(points: Sequence[Points], fits: Sequence[Fit], level: float) -> dict[str, list[dict[str, Any]]]:
+    """All contrasts, crossings (along N and C) and chances of being best that the table allows."""
+    one_axis = [f for f in fits if len(f.law.axes) == 1 and f.law.name in ("power-floor", "compute", "logit")]
+    law_of = {(f.points.metric, f.points.name): f for f in one_axis if f.law.axes == ("n",)}
+    contrasts, crossings, chances = [], [], []
+    for a, b in combinations(points, 2):
+        for at in ("smallest", "largest", "all"):
+            found = contrast(a, b, law_of.get((a.metric, a.name)), law_of.get((b.metric, b.name)), at, level)
+            if found is not None:
+                contrasts.append(found.__dict__ | {"sign": found.sign})
+    headline = [f for f in one_axis if not f.points.metric.startswith("geneval_")]
+    for axis in ("n", "c"):
+        for members in by_unit([f for f in headline if f.law.axes == (axis,)]):
+            rng = np.random.default_rng(0)
+            crossings += [c for a, b in combinations(members, 2) if (c := crossing(a, b, level, rng))]
+            top = max(float(f.points.axis(axis).max()) for f in members)
+            chances += chance_of_best(members, np.array([top / 10, top, top * 10]), rng)
+    return {"contrasts": contrasts, "crossings": crossings, "chances": chances}

@@ -1,0 +1,67 @@
+"""Held-out rollout: every law is fitted on the smaller rungs and asked for the next one.
+
+This, not the fit's own residuals, is what tells laws apart; AICc stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from analysis.fit import Fit
+from analysis.intervals import predict
+from analysis.points import Points
+from analysis.table import InvalidTable
+
+Refit = Callable[[Points], Fit]
+
+
+def rungs(points: Points) -> np.ndarray:
+    """The distinct model sizes, ascending."""
+    return np.unique(points.n[np.isfinite(points.n)])
+
+
+def held_out(points: Points, fit: Fit, level: float) -> list[dict[str, Any]]:
+    """What `fit` says of each of `points`, beside what was measured: interval of a new run, relative error, coverage."""
+    out = []
+    for i in range(len(points)):
+        place = {axis: float(points.axis(axis)[i]) for axis in fit.law.axes}
+        said = predict(fit, level, **place)
+        measured = float(points.y[i])
+        out.append({
+            "held_out": {"row": int(points.rows[i]), "n": float(points.n[i]), "d": float(points.d[i])},
+            "predicted": said.mean, "interval": [said.run_low, said.run_high], "mean_interval": [said.low, said.high],
+            "measured": measured, "relative_error": said.mean / measured - 1 if measured else None,
+            "covered": bool(said.run_low <= measured <= said.run_high), "decades": said.decades,
+            "n_runs": len(fit.points),
+        })  # fmt: skip
+    return out
+
+
+def rollout(points: Points, refit: Refit, level: float) -> list[dict[str, Any]]:
+    """For each rung but the smallest ones: fit on all smaller rungs, predict that rung's largest data size."""
+    sizes = rungs(points)
+    top = points.largest_data()
+    out = []
+    for k in range(2, len(sizes)):
+        below = points.take(points.n < sizes[k])
+        try:
+            fitted = refit(below)
+        except InvalidTable:
+            continue
+        out += held_out(top.take(top.n == sizes[k]), fitted, level)
+    return out
+
+
+def score(entries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Root mean square relative error and the share of intervals that covered."""
+    errors = np.array([e["relative_error"] for e in entries if e["relative_error"] is not None])
+    if not len(errors):
+        return None
+    return {
+        "rms_relative_error": float(np.sqrt((errors**2).mean())),
+        "covered": int(sum(e["covered"] for e in entries)),
+        "n": len(entries),
+    }
