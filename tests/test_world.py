@@ -160,6 +160,15 @@ def test_no_whole_class_color_or_relation_is_held_out(name: str, seed: int):
     assert {cls for cls, _ in colored} == set(world.spec.classes) - {"person"}
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_even_a_tiny_world_keeps_half_of_every_class_color_and_pair(seed: int):
+    world = changed(classes=("cat", "car", "cup", "book"), colors=("red", "blue"), holdout_fraction=0.5, seed=seed)
+    held = world._combinations
+    assert held.held_colors.sum(0).max() <= 2 and held.held_colors.sum(1).max() <= 1 and held.held_colors.any()
+    assert held.held_pairs.sum(0).max() <= 1 and held.held_pairs.any()
+    assert held.held_relations.sum(2).max() <= 2 and held.held_relations.any()
+
+
 def test_the_hold_out_follows_the_seed_and_not_the_resolution(small: World):
     same = changed(resolution=40)
     other = changed(seed=1)
@@ -353,7 +362,7 @@ def test_every_class_has_a_drawing_and_fourteen_are_ours():
 
 def test_a_missing_drawing_is_named(monkeypatch):
     monkeypatch.setitem(OPENMOJI, "cat", "10FFFF")
-    with pytest.raises(InvalidInput, match="no drawing of 'cat': .*10FFFF.svg is missing"):
+    with pytest.raises(InvalidInput, match=r"no drawing of 'cat': .*10FFFF\.svg is missing"):
         master.__wrapped__("cat")
 
 
