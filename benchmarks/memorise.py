@@ -65,7 +65,7 @@ def judge(spec: RunSpec, run_dir: Path) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", action="append", choices=ARMS, help="default: all four")
-    parser.add_argument("--size", default="0.5M")
+    parser.add_argument("--size", default="460K")
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--runs", type=Path, default=Path("runs/memorise"))

@@ -14,7 +14,7 @@ def write(tmp_path, body: str) -> str:
     return str(path)
 
 
-GOOD = "sizes: [45K]\narms: [discrete-raster]\nimages: [8192]\n"
+GOOD = "sizes: [50K]\narms: [discrete-raster]\nimages: [8192]\n"
 
 
 def test_local_is_four_arms_by_five_sizes_by_three_data_sizes():
@@ -31,8 +31,8 @@ def test_only_the_largest_data_size_is_evaluated_in_full():
 
 
 def test_filters_keep_what_they_name_and_say_so():
-    sweep = load_sweep("local", sizes=["45K", "1M"], arms=["discrete-random"])
-    assert {run.size for run in sweep.runs} == {"45K", "1M"} and sweep.partial
+    sweep = load_sweep("local", sizes=["50K", "930K"], arms=["discrete-random"])
+    assert {run.size for run in sweep.runs} == {"50K", "930K"} and sweep.partial
     assert not load_sweep("local", sizes=["all"], arms=["all"]).partial
 
 
@@ -52,19 +52,19 @@ def test_a_dotted_key_varies(tmp_path):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("sizes: [45k]\nimages: [8192]\n", r"sizes: unknown key '45k'; did you mean '45K'"),
+        ("sizes: [50k]\nimages: [8192]\n", r"sizes: unknown key '50k'; did you mean '50K'"),
         (GOOD + "defaults: {train: {learning_rate: 1}}\n", r"train: unknown key 'learning_rate'"),
         (GOOD + "seed: [1]\n", r"mine.yaml: unknown key 'seed'; did you mean 'seeds'"),
         (GOOD + "vary: {train.lrs: [1]}\n", r"unknown key 'lrs'; did you mean 'lr'"),
         (GOOD + "defaults: {model: {num_heads: 3}, train: {lr: -1}}\n", r"lr .*must be positive"),
-        ("sizes: [45K]\nimages: [1000]\n", r"1000 is not a multiple of the batch 64"),
-        ("sizes: [45K]\nimages: [128]\n", r"2 steps cannot hold 60 of warm-up"),
+        ("sizes: [50K]\nimages: [1000]\n", r"1000 is not a multiple of the batch 64"),
+        ("sizes: [50K]\nimages: [128]\n", r"2 steps cannot hold 60 of warm-up"),
         (GOOD + "defaults: {data: {world: icons33}}\n", r"unknown key 'icons33'; did you mean 'icons32'"),
         (GOOD + "by_token_kind: {discrete: {tokenizer: nothing}}\n", r"no tokenizer 'nothing'"),
         (GOOD + "by_order: {raster: {model: {mask_law: cosine}}}\n", r"mask_law 'cosine' is not for raster"),
         (GOOD + "by_token_kind: {discrete: {tokenizer: icons32-vae}}\n", r"cannot use the continuous tokenizer"),
-        ("sizes: [45K\n", "not readable as YAML"),
-        ("arms: [discrete]\nsizes: [45K]\nimages: [8192]\n", "arms: unknown key 'discrete'"),
+        ("sizes: [50K\n", "not readable as YAML"),
+        ("arms: [discrete]\nsizes: [50K]\nimages: [8192]\n", "arms: unknown key 'discrete'"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_line(tmp_path, body, message):
