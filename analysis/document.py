@@ -99,7 +99,7 @@ def entry(fit: Fit, level: float, method: str = "gauss-newton-t") -> dict[str, A
     points = fit.points
     found = intervals(fit, method, level)
     widths = half_widths(found)
-    narrow = bool(widths) and max(widths.values()) <= HEADLINE_HALF_WIDTH
+    carried = [name for name, half in widths.items() if half <= HEADLINE_HALF_WIDTH] if fit.headline else []
     allocation = allocation_exponent(fit, level)
     fixed = {p.name: p.value for p in fit.public() if p.name == "E" and fit.frozen[0]} if fit.law.name != "logit" else {}
     return {
@@ -114,7 +114,7 @@ def entry(fit: Fit, level: float, method: str = "gauss-newton-t") -> dict[str, A
         "fixed": fixed,
         "intervals": {"method": method, "level": level, **found},
         "half_widths": widths,
-        "headline": fit.headline and narrow,
+        "headline": carried,
         "allocation_exponent": allocation,
         "n_runs": len(points),
         "n_clusters": len(np.unique(points.cluster)),
@@ -148,6 +148,11 @@ def measurement(points: Points, sizes: dict[int, str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _sweep(result: Study) -> str:
+    names = result.table.frame["sweep"].astype(str).unique() if "sweep" in result.table.frame else []
+    return names[0] if len(names) == 1 else ""
+
+
 def document(result: Study) -> dict[str, Any]:
     """The whole of laws.json, short of what the later stages add (comparisons, allocation, links, verdicts)."""
     table, frame = result.table, result.table.frame
@@ -162,6 +167,7 @@ def document(result: Study) -> dict[str, Any]:
             "columns": {a: table.columns.axis(a) for a in ("n", "d", "c")}, "group": list(table.columns.group),
             "excluded": list(result.excluded), "not_measured": blanks,
         },
+        "sweep": _sweep(result),
         "headline_metric": result.points[0].metric,
         "level": result.choice.level,
         "fits": [entry(f, result.choice.level, result.choice.interval) for f in result.fits],

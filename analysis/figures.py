@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.panels import INK, MUTED, colour, grid, label_of, log_axis, marker, name_of
+from analysis.panels import MUTED, colour, grid, label_of, log_axis, marker, name_of, short
 
 AXIS_NAMES = {"n": "parameters N", "d": "training images D", "c": "training compute C (FLOPs)"}
 METRIC_NAMES = {
@@ -72,13 +72,14 @@ def _draw_curve(ax: Axes, doc: Document, item: Document, reach: float) -> None:
 
 def _limits(items: list[Document], fits: list[Document], reach: float) -> tuple[float, float]:
     """y limits from the points and the mean curves; a band that explodes must not flatten everything else."""
-    values = [v for m in items for v in m["y"]]
+    values = [v for m in items for v in m["y"]] + [e["predicted"] for f in fits for e in f["rollout"]]
     for f in fits:
         x, last = _array(f["curve"]["x"]), _array(f["points"][f["axes"][0]]).max()
         values += [v for v in _array(f["curve"]["mean"])[x <= last * reach] if np.isfinite(v)]
     low, high = min(values), max(values)
     if items[0]["kind"] == "score":
-        return max(0.0, low - 0.06), min(1.02, high + 0.08)
+        best = max([high, *(m["ceiling"] for m in items if m["ceiling"])])
+        return max(0.0, low - 0.06), min(1.06, best + 0.07)
     if low <= 0:
         return low - 0.08 * (high - low), high + 0.08 * (high - low)
     pad = (high / low) ** 0.12
@@ -86,15 +87,16 @@ def _limits(items: list[Document], fits: list[Document], reach: float) -> tuple[
 
 
 def _floors(ax: Axes, items: list[Document]) -> None:
-    """Reconstruction floor of a distance, the tokenizer's ceiling of a score: what no model in the panel can pass."""
-    for item in items:
+    """Reconstruction floor of a distance, the tokenizer's ceiling of a score: what no model of that kind can pass."""
+    kinds = {item["group"].get("token_kind", ""): item for item in items}
+    for item in kinds.values():
         for key, text in (("floor", "tokenizer floor"), ("ceiling", "tokenizer ceiling")):
             low, high = ax.get_ylim()
             if item[key] is not None and low <= item[key] <= high:
                 ax.axhline(item[key], color=MUTED, linewidth=0.9, linestyle=":")
-                ax.annotate(text, (1.0, item[key]), xycoords=("axes fraction", "data"), fontsize=6.5, color=MUTED,
+                text = f"{text}, {item['group'].get('token_kind', '')}".rstrip(", ")
+                ax.annotate(text, (0.995, item[key]), xycoords=("axes fraction", "data"), fontsize=6, color=MUTED,
                             ha="right", va="bottom")  # fmt: skip
-        break
 
 
 def _panels(items: list[Document]) -> list[list[Document]]:
@@ -106,40 +108,89 @@ def _panels(items: list[Document]) -> list[list[Document]]:
     return list(by_unit.values())
 
 
+def _held_out(ax: Axes, doc: Document, fits: list[Document], axis: str) -> None:
+    """What the smaller rungs alone said of each rung, with the interval of a new run."""
+    for f in fits:
+        for e in f["rollout"] if axis == "n" else ():
+            low, high = e["interval"]
+            tint = colour(f["group"], arms(doc))
+            ax.errorbar(e["held_out"]["n"] * 1.06, e["predicted"], [[e["predicted"] - low], [high - e["predicted"]]],
+                        marker="D", markersize=3.6, markerfacecolor="white", color=tint, elinewidth=0.7, alpha=0.9,
+                        linestyle="none", zorder=4)  # fmt: skip
+
+
+def _panel(ax: Axes, doc: Document, metric: str, axis: str, members: list[Document], reach: float) -> None:
+    names = {name_of(m["group"]) for m in members}
+    fits = [f for f in fits_of(doc, metric, axis) if name_of(f["group"]) in names]
+    for f in fits:
+        _draw_curve(ax, doc, f, reach)
+    _held_out(ax, doc, fits, axis)
+    for m in members:
+        _draw_points(ax, doc, m, axis, len(members) == 1)
+    x = np.concatenate([_array(m[axis]) for m in members])
+    right = np.nanmax(x) * (reach if fits else 1.3)
+    if fits:
+        ax.axvspan(np.nanmax(x) * 1.1, right, color="#f3f5f7", zorder=0, linewidth=0)
+        ax.annotate("extrapolation", (0.985, 0.015), xycoords="axes fraction", fontsize=6.5, color=MUTED, ha="right")
+    ax.set_xscale("log")
+    ax.set_xlim(np.nanmin(x) / 1.4, right)
+    low, high = _limits(members, fits, reach)
+    if members[0]["kind"] not in ("score", "signed"):
+        ax.set_yscale("log")
+        log_axis(ax.yaxis, low, high)
+    ax.set_ylim(low, high)
+    log_axis(ax.xaxis, *ax.get_xlim(), compute=axis == "c")
+    _floors(ax, members)
+    unit = members[0]["unit"]
+    ax.set_title(" / ".join(sorted({m["group"].get("token_kind", "") for m in members})) or title_of(metric))
+    ax.set_xlabel(axis_name(doc, axis))
+    ax.set_ylabel(f"{title_of(metric)}" + (f"\n({unit})" if unit else ""))
+    if len(members) > 1:
+        ax.legend(loc="best")
+
+
 def metric_along(doc: Document, metric: str, axis: str, reach: float = 4.0) -> Figure | None:
-    """One metric against N, D or C: points with 95 % error bars, law, band, shaded extrapolation up to `reach` times."""
+    """One metric against N or C: points with 95 % error bars, law, band, shaded extrapolation up to `reach` times.
+
+    Small pale points are smaller data sizes; open diamonds are what the smaller rungs alone predicted.
+    """
     items = [m for m in measured(doc, metric) if np.isfinite(_array(m[axis])).any()]
     if not items:
         return None
     panels = _panels(items)
-    figure, axes = grid(len(panels), height=3.0)
+    single = len(panels) == 1
+    figure, axes = grid(len(panels), width=4.2 if single else 3.5, height=3.3 if single else 3.0)
     for ax, members in zip(axes, panels, strict=True):
-        names = {name_of(m["group"]) for m in members}
-        fits = [f for f in fits_of(doc, metric, axis) if name_of(f["group"]) in names]
-        for f in fits:
-            _draw_curve(ax, doc, f, reach)
-        for m in members:
-            _draw_points(ax, doc, m, axis, len(members) == 1)
-        x = np.concatenate([_array(m[axis]) for m in members])
-        right = np.nanmax(x) * (reach if fits else 1.3)
-        if fits:
-            ax.axvspan(np.nanmax(x) * 1.04, right, color="#f3f5f7", zorder=0, linewidth=0)
-            ax.annotate("extrapolation", (0.99, 0.99), xycoords="axes fraction", fontsize=6.5, color=MUTED, ha="right", va="top")
+        _panel(ax, doc, metric, axis, members, reach)
+    return figure
+
+
+def along_data(doc: Document, metric: str) -> Figure | None:
+    """The metric against data size, a line a model size, for arms with three data sizes or more; the joint law beside."""
+    items = [m for m in measured(doc, metric) if len({d for d in m["d"] if d}) >= 3]
+    if not items:
+        return None
+    figure, axes = grid(len(items), columns=4, width=2.3, height=2.5)
+    for ax, m in zip(axes, items, strict=True):
+        n, d, y = (_array(m[k]) for k in ("n", "d", "y"))
+        sizes = np.unique(n)
+        for i, size in enumerate(sizes):
+            here = (n == size).nonzero()[0]
+            here = here[np.argsort(d[here])]
+            tint = colour(m["group"], arms(doc))
+            ax.plot(d[here], y[here], marker(m["group"]) + "-", color=tint, markersize=3.5, linewidth=1,
+                    alpha=0.35 + 0.65 * i / max(len(sizes) - 1, 1))  # fmt: skip
+            ax.annotate(m["size"][here[-1]] or short(size), (d[here[-1]], y[here[-1]]), xytext=(4, 0), fontsize=6,
+                        textcoords="offset points", va="center", color=MUTED)  # fmt: skip
         ax.set_xscale("log")
-        ax.set_xlim(np.nanmin(x) / 1.5, right)
-        low, high = _limits(members, fits, reach)
-        if members[0]["kind"] not in ("score", "signed"):
-            ax.set_yscale("log")
-            log_axis(ax.yaxis, low, high)
-        ax.set_ylim(low, high)
-        log_axis(ax.xaxis, *ax.get_xlim())
-        _floors(ax, members)
-        unit = members[0]["unit"]
-        ax.set_title(" / ".join(sorted({m["group"].get("token_kind", "") for m in members})) or title_of(metric))
-        ax.set_xlabel(axis_name(doc, axis))
-        ax.set_ylabel(f"{title_of(metric)}" + (f"\n({unit})" if unit else ""))
-        if len(members) > 1:
-            ax.legend(loc="best")
+        ax.set_yscale("log")
+        ax.set_xlim(d.min() / 1.15, d.max() * 1.6)
+        log_axis(ax.xaxis, d.min() / 1.15, d.max() * 1.6)
+        log_axis(ax.yaxis, *ax.get_ylim())
+        ax.tick_params(labelsize=6.5)
+        ax.set_title(label_of(m["group"]), fontsize=8)
+        ax.set_xlabel(axis_name(doc, "d"), fontsize=7)
+    axes[0].set_ylabel(title_of(metric), fontsize=7.5)
     return figure
 
 
@@ -148,8 +199,7 @@ def tags(doc: Document) -> Figure | None:
     names = [m for m in dict.fromkeys(m["metric"] for m in doc["measurements"]) if m.startswith("geneval_")]
     if not names:
         return None
-    figure, axes = grid(len(names), columns=4, height=2.1, sharey=True)
-    figure.set_figwidth(2.1 * min(4, len(names)))
+    figure, axes = grid(len(names), columns=4, width=2.1, height=2.1, sharey=True)
     for ax, metric in zip(axes, names, strict=True):
         for f in fits_of(doc, metric, "n"):
             _draw_curve(ax, doc, f, 1.3)
@@ -160,31 +210,6 @@ def tags(doc: Document) -> Figure | None:
         ax.set_title(title_of(metric), fontsize=8)
         ax.tick_params(labelsize=6.5)
         ax.set_ylim(0, 1.02)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    return figure
-
-
-def residuals(doc: Document) -> Figure | None:
-    """Residuals of the headline metric's laws, in percent, against N: what the law leaves unexplained."""
-    chosen = [f for f in doc["fits"] if f["metric"] == doc["headline_metric"] and f["axes"] != ["c"]]
-    chosen = [f for f in chosen if f["objective"]["name"].endswith("-log")]
-    if not chosen:
-        return None
-    laws = list(dict.fromkeys(f["law"] for f in chosen))
-    figure, axes = grid(len(laws), height=2.5)
-    for ax, law in zip(axes, laws, strict=True):
-        for f in (f for f in chosen if f["law"] == law):
-            x = _array(f["points"]["n"])
-            jitter = 1.04 ** (arms(doc).index(name_of(f["group"])) - 1.5)
-            ax.plot(x * jitter, 100 * _array(f["points"]["residual"]), marker(f["group"]), markersize=4, alpha=0.8,
-                    color=colour(f["group"], arms(doc)), label=label_of(f["group"]))  # fmt: skip
-        ax.axhline(0, color=INK, linewidth=0.8)
-        ax.set_xscale("log")
-        log_axis(ax.xaxis, *ax.get_xlim())
-        ax.set_title(law)
-        ax.set_xlabel(axis_name(doc, "n"))
-        ax.set_ylabel("law over measured (%)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure

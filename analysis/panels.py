@@ -60,13 +60,14 @@ def marker(group: dict[str, str]) -> str:
     return MARKERS.get(group.get("order", ""), "o")
 
 
-def grid(count: int, columns: int = 2, height: float = PANEL_HEIGHT, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+def grid(
+    count: int, columns: int = 2, width: float = PANEL_WIDTH, height: float = PANEL_HEIGHT, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
     """A figure of `count` equal panels."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(PANEL_WIDTH * columns, height * rows), squeeze=False, layout="constrained", sharey=sharey
-    )
+    size = (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", sharey=sharey)
     flat = list(axes.ravel())
     for spare in flat[count:]:
         spare.set_visible(False)
@@ -74,21 +75,28 @@ def grid(count: int, columns: int = 2, height: float = PANEL_HEIGHT, sharey: boo
 
 
 def short(value: float, _: Any = None) -> str:
-    """1.2M, 48K, 0.35, 3e+15: an axis label that a person reads."""
+    """1.2M, 48K, 0.35: an axis label that a person reads."""
     if value == 0:
         return "0"
-    for limit, divisor, unit in ((1e13, 0, ""), (1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e3, 1e3, "K")):
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= limit:
-            return f"$10^{{{np.log10(value):.3g}}}$" if not divisor else f"{value / divisor:.3g}{unit}"
+            return f"{value / limit:.3g}{unit}"
     return f"{value:.3g}"
 
 
-def log_axis(axis: Any, low: float, high: float) -> None:
-    """A logarithmic axis with labelled ticks however short its range is: 1-2-5 within a decade or two, decades beyond."""
+def scientific(value: float, _: Any = None) -> str:
+    """3 x 10^13, for compute, which has no household units."""
+    power = int(np.floor(np.log10(abs(value)) + 1e-9)) if value else 0
+    mantissa = value / 10**power
+    return f"$10^{{{power}}}$" if abs(mantissa - 1) < 1e-6 else f"${mantissa:.3g}\\!\\times\\!10^{{{power}}}$"
+
+
+def log_axis(axis: Any, low: float, high: float, compute: bool = False) -> None:
+    """A logarithmic axis with labelled ticks however short its range: linear steps, 1-2-5, 1-3 or whole decades."""
     span = np.log10(high / low)
-    subs = (1.0,) if span > 3 else (1.0, 3.0) if span > 1.6 else (1.0, 2.0, 5.0)
+    subs = (1.0,) if span > 3 else (1.0, 3.0) if span > 1.2 else (1.0, 2.0, 5.0)
     axis.set_major_locator(MaxNLocator(5) if span < 0.7 else LogLocator(base=10, subs=subs))
-    axis.set_major_formatter(FuncFormatter(short))
+    axis.set_major_formatter(FuncFormatter(scientific if compute else short))
     axis.set_minor_formatter(NullFormatter())
 
 

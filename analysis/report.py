@@ -9,6 +9,7 @@ import argparse
 import base64
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ if str(ROOT) not in sys.path:
 
 import jinja2  # noqa: E402
 
-from analysis import figures, panels, words  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from analysis import diagnostics, figures, listings, panels, words  # noqa: E402
 from analysis.document import write  # noqa: E402
 
 Document = dict[str, Any]
@@ -29,23 +32,35 @@ def _embed(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def _figures(doc: Document, folder: Path) -> list[dict[str, str]]:
-    """Draws every figure the data allow; each with its section, caption and embedded image."""
-    metrics = list(dict.fromkeys(m["metric"] for m in doc["measurements"]))
-    plain = [m for m in metrics if not m.startswith("geneval_")]
-    jobs = []
-    for metric in plain:
+def _jobs(doc: Document) -> Iterator[tuple[str, str, str, Figure | None]]:
+    """Every figure the data allow: section, file name, caption, figure."""
+    metrics = [m for m in dict.fromkeys(m["metric"] for m in doc["measurements"]) if not m.startswith("geneval_")]
+    for metric in metrics:
         title = words.title_of(metric)
         for axis in ("n", "c"):
-            caption = f"{title[:1].upper()}{title[1:]} against {figures.axis_name(doc, axis)}. Bars are 95 % of the evaluation error; bands are 95 % of the mean law."
-            jobs.append((metric, f"{metric}-vs-{axis}", caption, figures.metric_along(doc, metric, axis)))
-    jobs.append(("tags", "score-tags", "Each tag of the score against parameters.", figures.tags(doc)))
-    jobs.append(("residuals", "residuals", "What the laws leave unexplained.", figures.residuals(doc)))
+            caption = f"{title[:1].upper()}{title[1:]} against {figures.axis_name(doc, axis)}."
+            yield metric, f"{metric}-vs-{axis}", caption, figures.metric_along(doc, metric, axis)
+        caption = f"{title[:1].upper()}{title[1:]} against {figures.axis_name(doc, 'd')}, a line a model size."
+        yield metric, f"{metric}-vs-d", caption, figures.along_data(doc, metric)
+    yield "tags", "score-tags", "Each tag of the score against parameters.", figures.tags(doc)
+    yield "links", "loss-to-metric", "Metric against validation loss, one line an arm.", diagnostics.links(doc)
+    caption = "Best model size and data size for a training budget; shaded: beyond the largest trained budget."
+    yield "allocation", "allocation", caption, diagnostics.allocation(doc)
+    yield "isoflop", "isoflop", "Profiles at equal compute, a cross-check.", diagnostics.isoflop(doc)
+    caption = "What the laws leave unexplained, in percent of the measured loss."
+    yield "residuals", "residuals", caption, diagnostics.residuals(doc)
+    yield "curves", "learning-curves", "Training loss, a line a model size.", diagnostics.learning_curves(doc)
+    yield "predictions", "calibration", "Predictions made from smaller rungs alone.", diagnostics.calibration(doc)
+
+
+def _figures(doc: Document, folder: Path) -> list[dict[str, Any]]:
+    """Draws and saves the figures; each with its section, caption and embedded image, `half` where one panel wide."""
     out = []
-    for section, name, caption, figure in jobs:
+    for section, name, caption, figure in _jobs(doc):
         if figure is not None:
+            half = figure.get_figwidth() < 5
             image = panels.save(figure, folder / "figures", name)
-            out.append({"section": section, "name": name, "caption": caption, "src": _embed(image)})
+            out.append({"section": section, "name": name, "caption": caption, "src": _embed(image), "half": half})
     return out
 
 
@@ -66,6 +81,19 @@ def _samples(doc: Document, folder: Path) -> dict[str, Any]:
     return {"sizes": columns, "rows": rows}
 
 
+def _context(doc: Document, folder: Path, samples: Path) -> dict[str, Any]:
+    listed = {
+        name: getattr(listings, name)(doc)
+        for name in ("laws", "remarks", "choice", "predictions", "crossings", "chances", "contrasts", "links",
+                     "allocations", "isoflops", "sensitivities", "noise", "runs", "excluded")
+    }  # fmt: skip
+    return {
+        "doc": doc, "figures": _figures(doc, folder), "samples": _samples(doc, samples), "listed": listed,
+        "summary": words.summary(doc), "verdicts": listings.verdicts(doc),
+        "metrics": [m for m in dict.fromkeys(m["metric"] for m in doc["measurements"]) if not m.startswith("geneval_")],
+    }  # fmt: skip
+
+
 def build(laws: Path, samples: Path | None = None) -> Path:
     """laws.json -> report/index.html, report/report.md and report/figures/ beside it; returns the HTML file."""
     doc = json.loads(laws.read_text())
@@ -74,12 +102,8 @@ def build(laws: Path, samples: Path | None = None) -> Path:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=jinja2.select_autoescape(("html.j2",)),
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.globals.update(digits=words.digits, span=words.span, label_of=panels.label_of, title_of=words.title_of)
-    context = {
-        "doc": doc, "figures": _figures(doc, folder), "samples": _samples(doc, samples or laws.parent / "samples"),
-        "summary": words.summary(doc), "laws": words.law_rows(doc),
-        "metrics": [m for m in dict.fromkeys(m["metric"] for m in doc["measurements"]) if not m.startswith("geneval_")],
-    }  # fmt: skip
+    environment.globals.update(title_of=words.title_of, capital=words.capital)
+    context = _context(doc, folder, samples or laws.parent / "samples")
     write(folder / "report.md", environment.get_template("report.md.j2").render(context))
     write(folder / "index.html", environment.get_template("report.html.j2").render(context))
     return folder / "index.html"

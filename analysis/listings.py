@@ -1,0 +1,219 @@
+"""The report's tables: headers and rows of text, made from laws.json, for HTML and Markdown alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from analysis.figures import title_of
+from analysis.panels import label_of, short
+from analysis.words import capital, digits, percent, span
+
+Document = dict[str, Any]
+EXPONENTS = ("alpha", "beta", "alpha_N", "alpha_D", "delta", "slope")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A table: `note` says how to read it."""
+
+    title: str
+    note: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def laws(doc: Document) -> Listing:
+    rows = []
+    for f in doc["fits"]:
+        params = "; ".join(f"{k} {digits(v)}" + (" (fixed)" if k in f["fixed"] else "") for k, v in f["params"].items())
+        ends = "; ".join(f"{k} {span(f['intervals'][k])}" for k in f["intervals"] if k in EXPONENTS)
+        carried = ", ".join(f["headline"]) or ("–" if f["law"] == "logit" else "none")
+        codes = ", ".join(w["code"] for w in f["warnings"])
+        runs = f"{f['n_runs']} ({f['n_clusters']})"
+        rows.append((label_of(f["group"]), title_of(f["metric"]), f["law"], ", ".join(f["axes"]).upper(), params, ends,
+                     runs, digits(f["aicc"]), carried, codes))  # fmt: skip
+    note = (
+        "Carried: the exponents that may stand in a headline (half-width at most .1, no blocking remark); the others are "
+        "not carried by the data. Runs: rows (independent trunks)."
+    )
+    headers = ("arm", "metric", "law", "axes", "parameters", "intervals", "runs", "AICc", "carried", "remarks")
+    return Listing("Every law", note, headers, rows)
+
+
+def remarks(doc: Document) -> Listing:
+    seen: dict[tuple[str, str], list[str]] = {}
+    for f in doc["fits"]:
+        for w in f["warnings"]:
+            seen.setdefault((w["code"], w["message"]), []).append(f"{label_of(f['group'])} {title_of(f['metric'])}")
+    rows = [(code, message, "; ".join(dict.fromkeys(where))) for (code, message), where in seen.items()]
+    rows += [
+        (r["code"], r["message"], f"{label_of(r['group'])} {title_of(r['metric'])}: {r['law'] or 'all laws'} not fitted")
+        for r in doc["refused"]
+    ]
+    return Listing("Remarks and refusals", "", ("code", "what", "where"), rows)
+
+
+def choice(doc: Document) -> Listing:
+    rows = []
+    for r in doc["law_choice"]:
+        found = r.get("rollout")
+        rows.append((
+            label_of(r["group"]), title_of(r["metric"]), r["law"], str(r.get("n_runs", "–")), digits(r.get("aicc")),
+            percent(found["rms_relative_error"]) if found else r.get("code", "–"),
+            f"{found['covered']} of {found['n']}" if found else "–", "least error" if r["chosen"] else "",
+        ))  # fmt: skip
+    note = "Each law was fitted on the smaller sizes and asked for the next one. AICc compares only laws fitted to the same runs."
+    headers = ("arm", "metric", "law", "runs", "AICc", "held-out error", "covered", "")
+    return Listing("Which law predicts", note, headers, rows)
+
+
+def predictions(doc: Document) -> Listing:
+    rows = []
+    for p in doc.get("predictions", {}).get("predictions", []):
+        covered = {True: "yes", False: "no", None: "waiting"}[p["covered"]]
+        place = f"N {short(p['target']['n'])}" + (f", D {short(p['target']['d'])}" if p["target"]["d"] else "")
+        rows.append((label_of(p["group"]), title_of(p["metric"]), place, digits(p["predicted"]), span(p["interval"]),
+                     digits(p["measured"]), covered, f"{p['decades']:.2f}", p["made_at"], p["rows_sha256"][:12]))  # fmt: skip
+    note = "Made from the smaller sizes alone; the hash is that of the rows used. A prediction on record is never rewritten."
+    headers = ("arm", "metric", "place", "predicted", "new run", "measured", "covered", "decades", "made", "rows")
+    return Listing("Predictions on record", note, headers, rows)
+
+
+def crossings(doc: Document) -> Listing:
+    rows = []
+    for c in doc["crossings"]:
+        at = "they do not meet" if c["at"] is None else f"{c['axis'].upper()} = {digits(c['at'])}"
+        where = "" if c["at"] is None else "in the data" if c["inside_data"] else "extrapolated"
+        rows.append((c["a"], c["b"], title_of(c["metric"]), c["axis"].upper(), at, span(c["interval"]), where,
+                     percent(c["share_of_draws"])))  # fmt: skip
+    note = "Where the laws of two arms meet. Draws: the share of parameter draws in which they meet at all."
+    headers = ("arm", "other arm", "metric", "axis", "meet at", "interval", "where", "draws")
+    return Listing("Where one arm overtakes another", note, headers, rows)
+
+
+def chances(doc: Document) -> Listing:
+    rows = []
+    for c in doc["chances"]:
+        if c["axis"] != "c":
+            continue
+        ranked = sorted(c["chance"].items(), key=lambda pair: -pair[1])
+        rows.append((title_of(c["metric"]), f"{c['at']:.3g}", f"{c['decades']:.1f}",
+                     ", ".join(f"{arm} {100 * p:.1f} %" for arm, p in ranked)))  # fmt: skip
+    headers = ("metric", "compute (FLOPs)", "decades beyond", "probability of being best")
+    return Listing("Best arm at a compute", "Only metrics of one unit are compared.", headers, rows)
+
+
+def contrasts(doc: Document) -> Listing:
+    rows = []
+    for c in doc["contrasts"]:
+        if c["metric"].startswith("geneval_"):
+            continue
+        sign = {1: "a above b", -1: "a below b", 0: "not told apart"}[c["sign"]]
+        rows.append((c["a"], c["b"], title_of(c["metric"]), c["at"], digits(c["effect"]), span((c["low"], c["high"])), sign))
+    note = "Scores: difference; losses and distances: difference of logs, about a relative one. Paired at equal size."
+    return Listing("Arm against arm", note, ("a", "b", "metric", "sizes", "a − b", "interval", "reading"), rows)
+
+
+def links(doc: Document) -> Listing:
+    rows = []
+    for k in doc["links"]:
+        r = k["pearson"]
+        show = percent if k["error_is"] == "relative" else digits
+        rows.append((
+            label_of(k["group"]), title_of(k["metric"]), str(k["n"]), digits(k["slope"]),
+            f"{r[0]:.4f} {span(r[1:])}" if r else "–", digits(k["published_r"]), show(k["error_in_sample"]),
+            show(k["error_held_out"]), show(k["error_chained"]),
+        ))  # fmt: skip
+    note = (
+        "A straight line per arm, never pooled. Held out: the next size, at its measured loss; chained: the next size, at the "
+        "loss predicted for it. The published r is Fluid's, random order with continuous tokens."
+    )
+    headers = ("arm", "metric", "sizes", "slope", "Pearson r", "published r", "in sample", "held out", "chained")
+    return Listing("From loss to metric", note, headers, rows)
+
+
+def allocations(doc: Document) -> Listing:
+    rows = []
+    for a in doc["allocation"]:
+        trained = [b for b in a["budgets"] if b["decades"] == 0][-1]
+        for b in (trained, a["budgets"][-1]):
+            rows.append((
+                label_of(a["group"]), title_of(a["metric"]), f"{b['c']:.3g}", f"{b['decades']:.1f}", digits(b["n"]),
+                span(b["n_interval"]), digits(b["d"]), span(b["d_interval"]),
+                f"{digits(a['exponent'][0])} {span(a['exponent'][1:])}",
+            ))  # fmt: skip
+    note = "From the joint law in N and D, with this ladder's own cost of a run. The exponent is that of N* in C."
+    headers = ("arm", "metric", "C (FLOPs)", "decades beyond", "N*", "interval", "D*", "interval", "exponent")
+    return Listing("Best split of a budget", note, headers, rows)
+
+
+def isoflops(doc: Document) -> Listing:
+    rows = []
+    for p in doc["isoflop"]:
+        vertex = digits(p.get("n_star")) if "n_star" in p else "–"
+        rows.append((label_of(p["group"]), title_of(p["metric"]), f"{p['c']:.3g}", str(len(p["n"])), vertex,
+                     span(p.get("interval")), digits(p.get("joint_n_star")), p.get("message", "")))  # fmt: skip
+    headers = ("arm", "metric", "C (FLOPs)", "sizes", "vertex N*", "interval", "joint law's N*", "remark")
+    return Listing("Profiles at equal compute", "A cross-check on the joint law, never the estimate.", headers, rows)
+
+
+def sensitivities(doc: Document) -> Listing:
+    rows = []
+    for r in doc["sensitivity"]:
+        found = r.get("exponents", {})
+        text = "; ".join(f"{k} {digits(v[0])} {span(v[1:])}" for k, v in found.items()) or f"[{r.get('code')}]"
+        rows.append((label_of(r["group"]), r["law"], r["choice"], str(r.get("n_runs", "–")), text))
+    note = "The same law under other choices: objective, dropped sizes, what counts as a parameter."
+    return Listing("Sensitivity", note, ("arm", "law", "choice", "runs", "exponents"), rows)
+
+
+def noise(doc: Document) -> Listing:
+    rows = []
+    for n in doc["noise"]:
+        known = n["standard_deviation"] is not None
+        rows.append((title_of(n["metric"]), digits(n["standard_deviation"]), str(n["dof"]) if known else "no replicates"))
+    note = "Standard deviation between seeds: relative for losses and distances, in points for scores."
+    return Listing("Seed noise", note, ("metric", "between seeds", "degrees of freedom"), rows)
+
+
+def runs(doc: Document) -> Listing:
+    headers = ("row", "arm", "size", "N", "D", "C", *(title_of(m) for m in _headline_metrics(doc)))
+    values: dict[int, dict[str, Any]] = {}
+    for m in doc["measurements"]:
+        for i, row in enumerate(m["row"]):
+            place = {"group": m["group"], "size": m["size"][i], "n": m["n"][i], "d": m["d"][i], "c": m["c"][i]}
+            entry = values.setdefault(row, {"place": place})
+            entry[m["metric"]] = digits(m["y"][i]) + (f" ± {digits(m['se'][i], 2)}" if m["se"][i] else "")
+    rows = []
+    for row in sorted(values):
+        place = values[row]["place"]
+        numbers = (digits(place[k], 6) if k == "n" else f"{place[k]:.6g}" if place[k] else "–" for k in ("n", "d", "c"))
+        cells = (values[row].get(m, "") for m in _headline_metrics(doc))
+        rows.append((str(row), label_of(place["group"]), place["size"], *numbers, *cells))
+    return Listing("Runs", "± is the evaluation's standard error.", headers, rows)
+
+
+def _headline_metrics(doc: Document) -> list[str]:
+    found = dict.fromkeys(m["metric"] for m in doc["measurements"])
+    return [m for m in found if not m.startswith("geneval_")]
+
+
+def excluded(doc: Document) -> Listing:
+    rows = [(str(e["row"]), e["run_id"], e["code"], e["reason"]) for e in doc["table"]["excluded"]]
+    return Listing("Left out", "", ("row", "run", "code", "why"), rows)
+
+
+def verdicts(doc: Document) -> list[dict[str, str]]:
+    """The claims, with effect and interval as text; first those that the table decides."""
+    order = {"holds": 0, "reversed": 1, "undecided": 2, "not measured": 3}
+    out = []
+    for v in sorted(doc["verdicts"], key=lambda v: (order[v["verdict"]], v["number"])):
+        effect = "" if v["effect"] is None else f"{digits(v['effect'])} {span(v['interval'])}"
+        rows = v["evidence"]["rows"]
+        shown = ", ".join(map(str, rows[:12])) + (f" and {len(rows) - 12} more" if len(rows) > 12 else "")
+        out.append({"number": str(v["number"]), "claim": v["claim"], "verdict": v["verdict"], "effect": effect,
+                    "text": capital(v["evidence"]["text"]), "rows": shown})  # fmt: skip
+    return out
+
