@@ -79,7 +79,7 @@ def now() -> str:
 def planned(spec: RunSpec) -> dict[str, Any]:
     """The columns of a run's row that are known before it is computed."""
     model, train, sampling = spec.model, spec.train, spec.evaluate.sampling
-    counts, costs = flops.params(model), flops.flops_per_image(model)
+    counts, costs = flops.params(model), flops.flops_per_image(model, train.batch)
     return {
         "run_id": spec.id,
         "trunk_id": spec.trunk_id,

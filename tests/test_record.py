@@ -39,7 +39,7 @@ def test_json_has_no_nan(tmp_path):
 def test_missing_is_none_and_broken_is_said(tmp_path):
     assert read_json(tmp_path / "no.json") is None
     (tmp_path / "torn.json").write_text('{"a": 1')
-    with pytest.raises(InvalidInput, match="torn.json: not JSON"):
+    with pytest.raises(InvalidInput, match=r"torn\.json: not JSON"):
         read_json(tmp_path / "torn.json")
 
 
@@ -50,7 +50,8 @@ def test_a_plan_knows_what_the_table_will_say():
         row = rows[run.id]
         parts = sum(row[f"params_{part}"] for part in ("embed", "text", "body", "head"))
         assert parts == row["params_total"]
-        assert row["train_flops"] == 3 * run.images * (row["flops_per_image_body"] + row["flops_per_image_head"])
+        per_image = row["flops_per_image_body"] + row["flops_per_image_head"]
+        assert row["train_flops"] == pytest.approx(3 * run.images * per_image)
         assert row["images_unique"] == row["images"] == run.train.steps * 64
         assert row["branch_step"] == run.train.branch_step < run.train.steps
 
