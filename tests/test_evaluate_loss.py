@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fluidscale.model.build import build
 
 from fluidscale.evaluate import loss
 from fluidscale.evaluate.loss import ValidationLikelihood, ValidationLoss, likelihood_view, ratio, validation_batch
 from fluidscale.evaluate.protocol import Subject
+from fluidscale.model.build import build
 from fluidscale.model.order import Random
 from fluidscale.model.transformer import Text
 from fluidscale.spec import ARMS, DiffusionSpec, ModelSpec
@@ -200,15 +200,15 @@ def test_a_fitted_model_stays_above_the_entropy_and_comes_near(tiny_spec, tmp_pa
         text_length=1,
         aligner_depth=0,
         mask_law="uniform" if order == "random" else "none",
-        head=None if codes else DiffusionSpec(32, 2, "v", 4),
+        head=None if codes else DiffusionSpec(32, 1, "v", 2),
     )
     truth, network, rng = Known(codes), build(model_spec), np.random.default_rng(7)
     optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3)
     torch_rng, steps = torch.Generator().manual_seed(0), 300
     for step in range(steps):
-        tokens = truth.draw(rng, 256)
-        text = Text(torch.ones(256, 1, dtype=torch.long), torch.ones(256, 1, dtype=torch.bool))
-        view = network.order.training_view(256, 4, torch_rng)
+        tokens = truth.draw(rng, 128)
+        text = Text(torch.ones(128, 1, dtype=torch.long), torch.ones(128, 1, dtype=torch.bool))
+        view = network.order.training_view(128, 4, torch_rng)
         losses, counted = network.losses(tokens, text, view, torch_rng)
         optimizer.zero_grad()
         (losses.sum() / counted.sum()).backward()
