@@ -169,7 +169,8 @@ class IconDetector:
     def _detect(self, pixels: Tensor) -> list[list[Detection]]:
         heat, boxes, colors = self.network(pixels)
         scores = heat.sigmoid()
-        peaks = (F.max_pool2d(scores, PEAK_WINDOW, 1, PEAK_WINDOW // 2) == scores) & (scores > LEAST_SCORE)
+        # Of logits: two scores next to each other may both round to 1.
+        peaks = (F.max_pool2d(heat, PEAK_WINDOW, 1, PEAK_WINDOW // 2) == heat) & (scores > LEAST_SCORE)
         image, cls, y, x = peaks.nonzero(as_tuple=True)
         score = scores[image, cls, y, x]
         here = (torch.stack((x, y), dim=1) + 0.5) * STRIDE
