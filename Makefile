@@ -11,9 +11,11 @@ CLUSTER ?= local
 RUNS    ?= runs
 RESULTS ?= results
 PORT    ?= 5000
-# Empty: found by themselves. PROFILE is a row of slurm/resources.yaml; PYTHON an interpreter, 3.10 or newer.
-PROFILE ?=
-PYTHON  ?=
+# Empty: found by themselves. PROFILE is a row of slurm/resources.yaml, RESOURCES a file with rows of your own over it,
+# PYTHON an interpreter, 3.10 or newer.
+PROFILE   ?=
+RESOURCES ?=
+PYTHON    ?=
 # RETRY=1 tries failed runs again; MAX_HOURS=2 refuses a plan that takes longer; WATCH=1 keeps `make status` live.
 RETRY     ?=
 MAX_HOURS ?=
@@ -25,7 +27,7 @@ BASE := $(VENV)/.base
 TRAIN := $(VENV)/.train
 DEV  := $(VENV)/.dev
 CHOICE := --size $(SIZE) --arm $(ARM) --cluster $(CLUSTER) --runs $(RUNS) --results $(RESULTS) \
-	$(if $(PROFILE),--profile $(PROFILE)) $(if $(MAX_HOURS),--max-hours $(MAX_HOURS))
+	$(if $(PROFILE),--profile $(PROFILE)) $(if $(RESOURCES),--resources $(RESOURCES)) $(if $(MAX_HOURS),--max-hours $(MAX_HOURS))
 LAUNCH := $(PY) -m slurm.launch
 TABLE  := $(RESULTS)/$(SWEEP)/runs.csv
 # One thread a test process: several of them share the cores.
@@ -36,7 +38,7 @@ TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  For example: make sweep SIZE=45K,90K ARM=continuous-random,discrete-raster"
+	@echo "  For example: make sweep SIZE=50K,80K ARM=continuous-random,discrete-raster"
 	@echo "               make plan SWEEP=fluid        make status WATCH=1        make sweep CLUSTER=slurm"
 
 sweep: $(TRAIN)  ## train, evaluate, collect, fit and report what is missing of SWEEP (SIZE= ARM= CLUSTER=)

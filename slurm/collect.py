@@ -19,8 +19,8 @@ from slurm.status import FINISHED, RunState
 # The table opens with what identifies a run and closes with what it cost; metrics and varied keys lie between.
 _FIRST = ("run_id", "trunk_id", "branch_step", "sweep")
 _LAST = ("gpu_hours", "tokens_per_s", "mfu", "status", "git_rev", "versions", "finished_at")
-# Which drawn prompt set a report shows, best first.
-_SHOWN = ("geneval-seen", "geneval", "fd", "")
+# Which drawn set of pictures a report shows, best first: prompts of combinations that training had, then any other.
+_SHOWN = ("seen", "")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Plan, run, watch and collect a sweep.
 
     python -m slurm.launch plan local                         what would run and what it would cost; spends nothing
-    python -m slurm.launch submit local --size 45K,90K        train, evaluate, collect and fit what is missing of it
+    python -m slurm.launch submit local --size 50K,80K        train, evaluate, collect and fit what is missing of it
     python -m slurm.launch submit local --cluster slurm       the same on a SLURM cluster: submits and returns
     python -m slurm.launch status local --watch               one table of all runs
     python -m slurm.launch cancel local                       stop its workers; what they reached is kept
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arm", default="all", help="arms to keep (continuous-random,discrete-raster); default: all")
     parser.add_argument("--cluster", choices=CLUSTERS, default="local", help="local: this machine; debug: this process")
     parser.add_argument("--profile", help="row of slurm/resources.yaml; default: what this machine has (GPU, then CPU)")
+    parser.add_argument("--resources", type=Path, metavar="FILE", help="YAML with profiles of your own, by name")
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="run folders; default: runs")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     parser.add_argument("--max-hours", type=float, metavar="H", help="refuse a plan that takes longer than this")
@@ -82,7 +83,7 @@ def _console() -> Console:
 
 def _load(arguments: argparse.Namespace) -> plan.Plan:
     sweep = load_sweep(arguments.sweep, arguments.size.split(","), arguments.arm.split(","))
-    return plan.make_plan(sweep, choose(arguments.cluster, arguments.profile))
+    return plan.make_plan(sweep, choose(arguments.cluster, arguments.profile, arguments.resources))
 
 
 def _plan(arguments: argparse.Namespace, console: Console) -> int:
@@ -130,13 +131,14 @@ def _cancel(arguments: argparse.Namespace, console: Console) -> int:
 def _collect(arguments: argparse.Namespace, console: Console) -> int:
     planned = _load(arguments)
     states = status.read_states(planned, arguments.runs)
-    _tell(collect.collect(planned.sweep, states, arguments.runs, arguments.results), console)
+    collected = collect.collect(planned.sweep, states, arguments.runs, arguments.results)
+    for run_id, reason in collected.missing:
+        console.print(f"not in the table: {run_id} ({reason})", highlight=False, markup=False, soft_wrap=True)
+    _tell(collected, console)
     return 0
 
 
 def _tell(collected: collect.Collected, console: Console) -> None:
-    for run_id, reason in collected.missing:
-        console.print(f"not in the table: {run_id} ({reason})", highlight=False, markup=False, soft_wrap=True)
     for run_id in collected.vanished:
         console.print(f"no longer in the table: {run_id} (not a finished run of this sweep here)", soft_wrap=True)
     console.print(f"{collected.rows} runs in {collected.table}", highlight=False, soft_wrap=True)

@@ -52,20 +52,24 @@ class Machine:
     gpus: tuple[int, ...] = ()  # CUDA indices, one a worker
 
 
-def load_profile(name: str) -> Profile:
-    """A row of resources.yaml. Raises InvalidInput on an unknown name or key."""
-    rows = read_yaml(RESOURCES)
+def load_profile(name: str, resources: Path | None = None) -> Profile:
+    """A row of resources.yaml, over which a file of the user's own is laid. Raises InvalidInput on unknown names."""
+    rows, where = read_yaml(RESOURCES), str(resources or RESOURCES)
+    for own, keys in (read_yaml(resources) if resources else {}).items():
+        if not isinstance(keys, dict):
+            raise InvalidInput(f"{where}: {own}: expected the keys of a profile, as in {RESOURCES}")
+        rows[own] = {**rows.get(own, {}), **keys}
     if name not in rows:
-        raise InvalidInput(unknown_key(name, rows, f"--profile: {RESOURCES}"))
-    return from_dict(Profile, {"name": name, **rows[name]}, f"{RESOURCES}: {name}")
+        raise InvalidInput(unknown_key(name, rows, f"--profile: {where}"))
+    return from_dict(Profile, {"name": name, **rows[name]}, f"{where}: {name}")
 
 
-def choose(cluster: str, name: str | None) -> Machine:
+def choose(cluster: str, name: str | None, resources: Path | None = None) -> Machine:
     """The profile and the workers of `--cluster` and `--profile`; a GPU is taken when there is one."""
     gpus = cuda_devices()
     if name is None:
         name = "slurm" if cluster == "slurm" else "cuda" if gpus else "mps" if has_mps() else "cpu"
-    profile = load_profile(name)
+    profile = load_profile(name, resources)
     if (profile.cluster == "slurm") != (cluster == "slurm"):
         raise InvalidInput(f"--profile {name}: it is for cluster {profile.cluster}, not for --cluster {cluster}")
     if cluster == "slurm":

@@ -73,6 +73,9 @@ def _read(run: PlannedRun, run_dir: Path, trunk_held: bool) -> RunState:
     folder = RunFolder(run_dir)
     record, status = folder.record, folder.status
     state = record["status"] if record else status.get("state", "queued" if run_dir.exists() else "planned")
+    if record is None and state in FINISHED:
+        # Only a record says that a run is finished; without it the run is computed again from what is there.
+        state = "queued"
     if state == "running" and not _alive(status, trunk_held):
         state = "lost"
     if record:

@@ -3,7 +3,7 @@
 It counts its steps in a checkpoint, resumes from it, and notes every step that a process made, so that a test can see
 whether two processes ever worked on one run. What ends up in its record depends on every step.
 
-    python tests/cheap_job.py SWEEP RUNS      launches a sweep of such jobs on two workers (as `submit` launches real ones)
+    python tests/cheap_job.py SWEEP RUNS      launches a sweep of such jobs on two workers
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STEPS, STEP_SECONDS, WORKERS = 12, 0.04, 2
 
 
 SWEEP = """
-sizes: [45K]
+sizes: [50K]
 arms: [continuous-raster, discrete-random]
 seeds: [0, 1]
 images: [256, 512]
@@ -47,9 +47,9 @@ defaults:
     sampling: {guidance_scale: 1.0, temperature: 1.0, num_inference_steps: 16}
 by_token_kind:
   continuous:
-    tokenizer: FOLDER/continuous
+    tokenizer: FOLDER/continuous.safetensors
     model: {head: {num_blocks: 2}}
-  discrete: {tokenizer: FOLDER/discrete}
+  discrete: {tokenizer: FOLDER/discrete.safetensors}
 by_order:
   random: {model: {mask_law: cosine}}
 """
@@ -59,7 +59,7 @@ def write_sweep(folder: Path) -> Path:
     """A sweep of eight runs in four trunks, whose tokenizers are named by cards of their own; returns its file."""
     for kind, channels, codes in (("continuous", 16, 0), ("discrete", 0, 512)):
         card = {"sha256": kind[0] * 64, "kind": kind, "grid": 4, "channels": channels, "vocab_size": codes}
-        write_json(folder / kind / "card.json", card)
+        write_json(folder / f"{kind}.json", card)
     path = folder / "cheap.yaml"
     path.write_text(SWEEP.replace("FOLDER", str(folder)))
     return path

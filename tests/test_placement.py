@@ -1,0 +1,143 @@
+"""Where runs go and what they will cost, before anything is spent."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+from cheap_job import plan_of, write_sweep
+
+from fluidscale.spec import InvalidInput
+from fluidscale.sweep import load_sweep, read_yaml
+from slurm import cost, placement, plan
+from slurm.placement import RESOURCES, Machine, available_cores, choose, load_profile
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    return load_sweep(str(write_sweep(tmp_path)))
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """Puts an nvidia-smi on the PATH that answers as the real one does for two GPUs of 80 GB."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\necho "0, GPU-1111aaaa, 81559"\necho "1, GPU-2222bbbb, 81559"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tool
+
+
+def test_every_profile_loads_and_an_unknown_one_names_the_nearest():
+    for name in read_yaml(RESOURCES):
+        assert load_profile(name).name == name
+    with pytest.raises(InvalidInput, match="did you mean 'cuda'"):
+        load_profile("cudda")
+
+
+def test_profiles_of_ones_own_are_laid_over_the_shipped_ones(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("cpu: {checkpoint_minutes: 0.5}\nmine: {cluster: local, device: cpu}\nbad: 3\n")
+    with pytest.raises(InvalidInput, match="bad: expected the keys"):
+        load_profile("cpu", own)
+    own.write_text("cpu: {checkpoint_minutes: 0.5}\nmine: {cluster: local, device: cpu}\n")
+    profile = load_profile("cpu", own)
+    assert profile == dataclasses.replace(load_profile("cpu"), checkpoint_minutes=0.5)
+    with pytest.raises(InvalidInput, match="mine: missing"):
+        load_profile("mine", own)
+    own.write_text("cpu: {thread: 2}\n")
+    with pytest.raises(InvalidInput, match="did you mean 'threads'"):
+        load_profile("cpu", own)
+
+
+def test_without_a_gpu_there_is_a_one_thread_worker_a_core(monkeypatch):
+    monkeypatch.setattr(placement, "cuda_devices", list)
+    monkeypatch.setattr(placement, "has_mps", lambda: False)
+    machine = choose("local", None)
+    assert machine.profile.name == "cpu" and machine.workers == available_cores() and machine.profile.threads == 1
+    assert 0 < machine.profile.memory_gb * machine.workers <= placement.available_memory_gb() * 1.001
+
+
+def test_the_cores_are_those_this_process_may_use():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert available_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def test_a_gpu_is_used_without_being_asked_and_left_alone_when_hidden(driver, monkeypatch):
+    machine = choose("local", None)
+    assert machine.profile.name == "cuda" and machine.gpus == (0, 1) and machine.workers == 2
+    assert machine.profile.memory_gb == pytest.approx(85.5, abs=0.1)
+    for visible, expected in (("1", (1,)), ("GPU-2222", (1,)), ("1,0", (0, 1))):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert choose("local", None).gpus == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert choose("local", None).profile.name in ("cpu", "mps")
+    with pytest.raises(InvalidInput, match="no CUDA device"):
+        choose("local", "cuda")
+
+
+def test_a_driver_that_does_not_answer_is_no_gpu(driver):
+    driver.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    assert choose("local", None).profile.name in ("cpu", "mps")
+
+
+def test_a_profile_of_another_cluster_is_refused():
+    with pytest.raises(InvalidInput, match="not for --cluster local"):
+        choose("local", "slurm")
+    with pytest.raises(InvalidInput, match="not for --cluster slurm"):
+        choose("slurm", "cpu")
+
+
+def test_siblings_pay_for_their_trunk_once_and_know_each_others_branches(tmp_path):
+    planned = plan_of(write_sweep(tmp_path))
+    for shorter, longer in planned.trunks:
+        steps = longer.spec.train.steps - shorter.spec.train.branch_step
+        assert longer.cost.train_seconds / shorter.cost.train_seconds == pytest.approx(steps / shorter.spec.train.steps)
+        branches = (shorter.spec.train.branch_step, longer.spec.train.branch_step)
+        assert shorter.placement.branch_steps == longer.placement.branch_steps == branches
+
+
+def test_the_wall_time_is_that_of_the_busiest_worker(sweep):
+    alone, pair, many = (plan.make_plan(sweep, Machine(load_profile("cpu"), workers)) for workers in (1, 2, 64))
+    assert alone.hours == pytest.approx(alone.worker_hours)
+    assert alone.hours / 2 <= pair.hours < alone.hours
+    longest = max(sum(run.cost.seconds for run in trunk) for trunk in many.trunks)
+    assert many.hours == pytest.approx(longest / 3600)
+
+
+def test_memory_grows_with_the_batch_and_shrinks_with_precision(sweep):
+    spec = sweep.runs[0]
+    profile = load_profile("cpu")
+    wide = dataclasses.replace(spec, train=dataclasses.replace(spec.train, batch=4096))
+    assert cost.memory_gb(wide, profile) > 1.05 * cost.memory_gb(spec, profile)
+    halved = dataclasses.replace(profile, precision="bf16-mixed")
+    assert cost.memory_gb(wide, halved) < cost.memory_gb(wide, profile)
+
+
+def test_a_budget_that_cannot_be_met_is_refused(sweep):
+    planned = plan.make_plan(sweep, Machine(dataclasses.replace(load_profile("cpu"), memory_gb=0.5), 1))
+    with pytest.raises(InvalidInput, match="GB a worker"):
+        plan.check_budget(planned, None)
+    planned = plan.make_plan(sweep, Machine(load_profile("cpu"), 1))
+    plan.check_budget(planned, planned.hours * 1.01)
+    with pytest.raises(InvalidInput, match="--max-hours"):
+        plan.check_budget(planned, planned.hours / 2)
+
+
+def test_a_folder_that_cannot_hold_the_runs_is_refused(tmp_path):
+    plan.check_folder(tmp_path / "new" / "runs", 0.0)
+    assert not list((tmp_path / "new" / "runs").iterdir()), "the check leaves something behind"
+    with pytest.raises(InvalidInput, match="free, the plan needs about"):
+        plan.check_folder(tmp_path, 1e9)
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidInput, match="Not a directory"):
+        plan.check_folder(tmp_path / "file" / "runs", 0.0)
+    with pytest.raises(InvalidInput, match=r"cannot make this folder|not writable"):
+        plan.check_folder(tmp_path.__class__("/proc/runs"), 0.0)

@@ -1,0 +1,107 @@
+"""What a run folder says, reconciled with who still lives."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from cheap_job import STEPS, cheap, plan_of, write_sweep
+from rich.console import Console
+
+from fluidscale.folder import RunFolder
+from fluidscale.record import write_json
+from slurm import claim, layout, plan, status
+from slurm.live import PlainLines
+
+
+@pytest.fixture
+def planned(tmp_path):
+    return plan_of(write_sweep(tmp_path))
+
+
+def state_of(planned, runs, run):
+    return next(state for state in status.read_states(planned, runs) if state.planned is run)
+
+
+def as_text(table):
+    console = Console(width=250, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+def test_a_run_goes_from_planned_to_done(planned, tmp_path):
+    run = planned.runs[0]
+    folder = RunFolder(tmp_path / run.spec.id)
+    assert state_of(planned, tmp_path, run).state == "planned"
+    write_json(folder.path / "placement.json", {})
+    assert state_of(planned, tmp_path, run).state == "queued"
+    held = claim.take(layout.trunk_claim(tmp_path, run.spec.trunk_id), {})
+    folder.set_status("running", phase="train", step=1, images_per_s=10.0)
+    running = state_of(planned, tmp_path, run)
+    assert running.state == "running" and running.step == 1
+    left = (run.spec.train.steps - 1) * run.spec.train.batch / 10.0
+    assert running.eta_seconds == pytest.approx(left + run.cost.evaluate_seconds)
+    held.release()
+    cheap(run.spec, folder.path, run.placement, lambda: False)
+    assert state_of(planned, tmp_path, run).state == "done"
+
+
+def test_a_run_whose_process_died_is_lost_not_running(planned, tmp_path):
+    run = planned.runs[0]
+    code = (
+        "import sys; from pathlib import Path; from fluidscale.folder import RunFolder\n"
+        "RunFolder(Path(sys.argv[1])).set_status('running', phase='train', step=3)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / run.spec.id)], check=True)
+    lost = state_of(planned, tmp_path, run)
+    assert lost.state == "lost" and lost.eta_seconds is None
+
+
+def test_a_run_by_hand_counts_as_running_without_a_claim(planned, tmp_path):
+    run = planned.runs[0]
+    RunFolder(tmp_path / run.spec.id).set_status("running", phase="train")
+    assert state_of(planned, tmp_path, run).state == "running"
+
+
+@pytest.mark.parametrize(("age", "expected"), [(10.0, "running"), (status.SILENCE_SECONDS + 60, "lost")])
+def test_a_run_of_another_machine_lives_by_its_heartbeat(planned, tmp_path, age, expected):
+    run = planned.runs[0]
+    folder = RunFolder(tmp_path / run.spec.id)
+    folder.set_status("running", phase="train")
+    there = {**folder.status, "host": "elsewhere", "heartbeat": time.time() - age}
+    write_json(folder.path / "status.json", there)
+    assert state_of(planned, tmp_path, run).state == expected
+
+
+def test_the_table_shows_scores_errors_and_the_tally(planned, tmp_path):
+    done, failed = planned.runs[0], planned.runs[1]
+    cheap(done.spec, tmp_path / done.spec.id, done.placement, lambda: False)
+    score = {"metric": "val_loss", "unit": "nats", "value": 1.23456, "se": 0.004, "n": 16, "protocol": "p"}
+    write_json(tmp_path / done.spec.id / "eval" / "val_loss.json", score)
+    RunFolder(tmp_path / failed.spec.id).set_status("failed", error="ValueError: told so")
+    states = status.read_states(planned, tmp_path)
+    assert status.tally(states) == f"1 done, 1 failed, {len(planned.runs) - 2} planned"
+    text = as_text(status.as_table(states, "cheap"))
+    assert "1.2346±0.0040" in text and "ValueError: told so" in text and done.spec.id in text
+    rows = status.as_rows(states, plan.as_rows(planned))
+    assert rows[0]["val_loss"] == 1.23456 and rows[0]["state"] == "done" and rows[0]["run_id"] == done.spec.id
+    assert rows[1]["error"] == "ValueError: told so"
+    json.dumps(rows, allow_nan=False)
+
+
+def test_plain_lines_tell_each_change_once(planned, tmp_path):
+    lines = []
+    show = PlainLines(2, lines.append)
+    show(status.read_states(planned, tmp_path))
+    assert lines == []
+    run = planned.runs[0]
+    RunFolder(tmp_path / run.spec.id).set_status("running", phase="train", step=1, steps=STEPS)
+    for _ in range(3):
+        show(status.read_states(planned, tmp_path))
+    cheap(run.spec, tmp_path / run.spec.id, run.placement, lambda: False)
+    show(status.read_states(planned, tmp_path))
+    assert [line.split()[0] for line in lines] == ["running", "done"]
