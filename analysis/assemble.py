@@ -87,7 +87,11 @@ def _noise(result: Study) -> list[dict[str, Any]]:
     for metric in dict.fromkeys(p.metric for p in result.points):
         found = [n for p in result.points if p.metric == metric and (n := seed_noise(p)) is not None]
         whole = pooled(found) if found else None
-        row = {"metric": metric, "standard_deviation": whole.relative if whole else None, "dof": whole.dof if whole else 0}
+        row = {
+            "metric": metric,
+            "standard_deviation": whole.relative if whole else None,
+            "dof": whole.dof if whole else 0,
+        }
         out.append(row)
     return out
 
@@ -116,7 +120,11 @@ def assemble(result: Study, predictions: Path | None, runs: Path, planned: Seque
         "allocation": joint,
         "isoflop": [row for p in headline for row in profiles(p, choice.level, of.get((p.metric, p.name)))],
         "links": _links(result, losses),
-        "ceilings": [row for p in scores for row in ceiling_band(p, lambda chosen, points: fit_one(chosen, points, choice, thorough=False))],
+        "ceilings": [
+            row
+            for p in scores
+            for row in ceiling_band(p, lambda chosen, points: fit_one(chosen, points, choice, thorough=False))
+        ],
         **comparisons(result.points, result.fits, choice.level),
         "sensitivity": _sensitivities(result),
         "verdicts": verdicts(result.points, result.fits, choice.level),
@@ -134,4 +142,3 @@ def _registered(points: Points, choice: Choice, planned: Sequence[dict]) -> list
     mine = [r for r in planned if all(str(r.get(k)) == v for k, v in points.group.items())]
     places = [{"n": float(r["params_total"]), "d": float(r["images"]), "c": float(r["train_flops"])} for r in mine]
     return register(points, refitter(chosen, choice), choice.level, places)
-

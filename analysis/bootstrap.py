@@ -39,7 +39,7 @@ def wild_cluster(fit: Fit, draws: int, rng: np.random.Generator) -> Array:
 
 
 def pairs_cluster(fit: Fit, draws: int, rng: np.random.Generator) -> Array:
-    """Parameter draws (draws, p): whole clusters are drawn with replacement; draws that lose a third size are dropped."""
+    """Parameter draws (draws, p): whole clusters drawn with replacement, where three sizes or more remain."""
     labels, codes = np.unique(fit.points.cluster, return_inverse=True)
     counts = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), size=draws)[:, codes]
     axis = fit.points.axis(fit.law.axes[0])
@@ -60,7 +60,7 @@ def _percentiles(fit: Fit, thetas: Array, level: float) -> dict[str, tuple[float
 
 
 def _profile(fit: Fit, index: int, level: float) -> tuple[float, float]:
-    """Where the profiled sum of squares rises by F(1, n - p) times the residual variance, for one internal parameter."""
+    """Where the profiled sum of squares has risen by F(1, n - p) residual variances, for one parameter."""
     dof = len(fit.points) - fit.free
     limit = fit.value * (1 + stats.f.ppf(level, 1, dof) / dof)
     frozen = fit.frozen.copy()

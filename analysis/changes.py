@@ -79,17 +79,22 @@ def changes(a: Study, b: Study, level: float) -> dict[str, Any]:
 def in_words(found: dict[str, Any]) -> str:
     """One line a change; what did not change is counted."""
     rows = found["rows"]
-    lines = [f"{rows['before']} -> {rows['after']} rows, {len(rows.get('new', []))} new, {len(rows.get('gone', []))} gone"]
+    lines = [
+        f"{rows['before']} -> {rows['after']} rows, {len(rows.get('new', []))} new, {len(rows.get('gone', []))} gone"
+    ]
     for c in found["parameters"]:
         if c["changed"]:
             low, high = c["interval"]
             name = "-".join(c["group"].values()) or "all"
-            lines.append(f"{name} {c['metric']} {c['law']} {c['parameter']}: {c['before']:.4f} -> {c['after']:.4f} ({c['change']:+.4f} [{low:+.4f}, {high:+.4f}])")
+            moved = f"{c['before']:.4f} -> {c['after']:.4f} ({c['change']:+.4f} [{low:+.4f}, {high:+.4f}])"
+            lines.append(f"{name} {c['metric']} {c['law']} {c['parameter']}: {moved}")
     for m in found["metrics"]:
         if m["changed"]:
             low, high = m["interval"]
             name = "-".join(m["group"].values()) or "all"
-            lines.append(f"{name} {m['metric']} at the largest size: {m['change']:+.4f} [{low:+.4f}, {high:+.4f}] ({m['scale']})")
+            lines.append(
+                f"{name} {m['metric']} at the largest size: {m['change']:+.4f} [{low:+.4f}, {high:+.4f}] ({m['scale']})"
+            )
     same = sum(not c["changed"] for c in found["parameters"] + found["metrics"])
     lines.append(f"{same} laws' parameters and values did not change beyond their intervals")
     lines += [f"{u['metric']}: units differ ({u['before']} / {u['after']}), not compared" for u in found["unlike"]]

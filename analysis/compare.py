@@ -66,7 +66,7 @@ def _by_rank(points: Points) -> list[np.ndarray]:
 
 
 def contrast(a: Points, b: Points, fit_a: Fit | None, fit_b: Fit | None, at: str, level: float) -> Contrast | None:
-    """The difference a - b `at` the "smallest" or "largest" size, or over "all" sizes; None where they cannot be paired.
+    """The difference a - b `at` the "smallest", "largest" or "all" sizes; None where they cannot be paired.
 
     One size: an interval from run-to-run and evaluation noise. All sizes: Student's t over the paired differences.
     """
@@ -127,7 +127,7 @@ def crossing(a: Fit, b: Fit, level: float, rng: np.random.Generator) -> dict[str
 
     None for unlike units or axes. The interval is over the draws that meet within REACH decades of the data.
     """
-    if not comparable(a.points, b.points) or a.law.axes != b.law.axes or len(a.law.axes) > 1:
+    if not comparable(a.points, b.points) or a.law.axes != b.law.axes or a.law.axes[1:]:
         return None
     axis = a.law.axes[0]
     values = np.concatenate([a.points.axis(axis), b.points.axis(axis)])

@@ -50,5 +50,7 @@ def learning_curves(frame: pd.DataFrame, runs: Path, group: tuple[str, ...]) -> 
             continue
         x, y = _smooth(np.array(images), np.array(losses))
         name = {g: str(row[g]) for g in group}
-        out.append({"group": name, "run_id": str(row["run_id"]), "size": str(row.get("size", "")), "images": x, "loss": y})
+        out.append(
+            {"group": name, "run_id": str(row["run_id"]), "size": str(row.get("size", "")), "images": x, "loss": y}
+        )
     return out

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from analysis.figures import Document, arms, axis_name, title_of
 from analysis.panels import INK, MUTED, colour, grid, label_of, log_axis, marker, name_of
 
-FIT_LINE = {"linewidth": 1.1, "alpha": 0.8}
+FIT_LINE: dict[str, Any] = {"linewidth": 1.1, "alpha": 0.8}
 # an interval for N* or D* wider than this factor says only that the ladder cannot place the optimum
 WIDEST_BAND = 100.0
 
@@ -56,7 +56,14 @@ def allocation(doc: Document) -> Figure | None:
             low, high = np.array([b[f"{key}_interval"] for b in item["budgets"]], float).T
             known = float(np.median(high / low)) <= WIDEST_BAND
             remark = "" if known else " (interval beyond the panel)"
-            ax.plot(c, best, color=tint, linewidth=1.4, label=label_of(item["group"]) + remark, linestyle="-" if known else ":")
+            ax.plot(
+                c,
+                best,
+                color=tint,
+                linewidth=1.4,
+                label=label_of(item["group"]) + remark,
+                linestyle="-" if known else ":",
+            )
             if known:
                 ax.fill_between(c, low, high, color=tint, alpha=0.12, linewidth=0)
         measured = [b for item in items for b in item["budgets"] if b["decades"] == 0]
@@ -75,7 +82,7 @@ def allocation(doc: Document) -> Figure | None:
 
 
 def isoflop(doc: Document) -> Figure | None:
-    """Loss against size at equal compute, with the vertex where the profile has one and the joint law's N* beside it."""
+    """Loss against size at equal compute, with the vertex where the profile has one."""
     items = [p for p in doc["isoflop"] if len(p["n"]) >= 3]
     if not items:
         return None
@@ -137,7 +144,9 @@ def learning_curves(doc: Document) -> Figure | None:
         for c in (c for c in curves if name_of(c["group"]) == name):
             rank = ranked.index(c["size"]) if c["size"] in ranked else 0
             shade = 0.3 + 0.7 * (rank + 1) / max(len(ranked), 1)
-            ax.plot(c["images"], c["loss"], color=colour(c["group"], arms(doc)), alpha=shade, linewidth=1, label=c["size"])
+            ax.plot(
+                c["images"], c["loss"], color=colour(c["group"], arms(doc)), alpha=shade, linewidth=1, label=c["size"]
+            )
             ax.set_title(label_of(c["group"]), fontsize=8)
         ax.set_xscale("log")
         ax.set_yscale("log")

@@ -71,7 +71,7 @@ def write_json(path: Path, document: Any) -> None:
 
 def _curve(fit: Fit) -> dict[str, Any] | None:
     """The law with its bands from half a decade below the data to one decade above it, for one-axis laws."""
-    if len(fit.law.axes) > 1:
+    if fit.law.axes[1:]:
         return None
     values = fit.points.axis(fit.law.axes[0])
     x = np.geomspace(values.min() / 10**0.25, values.max() * 10, CURVE_POINTS)
@@ -101,7 +101,9 @@ def entry(fit: Fit, level: float, method: str = "gauss-newton-t") -> dict[str, A
     widths = half_widths(found)
     carried = [name for name, half in widths.items() if half <= HEADLINE_HALF_WIDTH] if fit.headline else []
     allocation = allocation_exponent(fit, level)
-    fixed = {p.name: p.value for p in fit.public() if p.name == "E" and fit.frozen[0]} if fit.law.name != "logit" else {}
+    fixed = (
+        {p.name: p.value for p in fit.public() if p.name == "E" and fit.frozen[0]} if fit.law.name != "logit" else {}
+    )
     return {
         "group": dict(points.group),
         "metric": points.metric,

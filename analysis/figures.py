@@ -50,7 +50,7 @@ def _draw_points(ax: Axes, doc: Document, item: Document, axis: str, alone: bool
     x, y, se = (_array(item[k]) for k in (axis, "y", "se"))
     largest = np.array(item["largest"], bool)
     tint = colour(item["group"], arms(doc))
-    style = {"marker": marker(item["group"]), "color": tint, "linestyle": "none"}
+    style: dict[str, Any] = {"marker": marker(item["group"]), "color": tint, "linestyle": "none"}
     if (~largest).any():
         ax.plot(x[~largest], y[~largest], markersize=3, alpha=0.35, markeredgewidth=0, **style)
     bars = np.where(np.isfinite(se[largest]), 1.96 * se[largest], 0.0)
@@ -166,7 +166,7 @@ def metric_along(doc: Document, metric: str, axis: str, reach: float = 4.0) -> F
 
 
 def along_data(doc: Document, metric: str) -> Figure | None:
-    """The metric against data size, a line a model size, for arms with three data sizes or more; the joint law beside."""
+    """The metric against data size, a line a model size, for arms with three data sizes or more."""
     items = [m for m in measured(doc, metric) if len({d for d in m["d"] if d}) >= 3]
     if not items:
         return None

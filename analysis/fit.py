@@ -130,7 +130,9 @@ def guard(law: Law, points: Points, free: int) -> list[Warned]:
             raise InvalidTable("COLLINEAR_LADDER", message)
         ratios = {s: len(np.unique(np.round(z[x == s], 6))) for s in np.unique(x)}
         if min(ratios.values()) < 2:
-            warned.append(Warned("ONE_RATIO", "some sizes have a single data size: alpha and beta lean on the others", True))
+            warned.append(
+                Warned("ONE_RATIO", "some sizes have a single data size: alpha and beta lean on the others", True)
+            )
     return warned
 
 
@@ -204,7 +206,14 @@ def scale_of(points: Points) -> float:
 
 
 def _search(
-    law: Law, u: Array, y: Array, weights: Array, objective: Objective, frozen: np.ndarray, starts: Array, thorough: bool
+    law: Law,
+    u: Array,
+    y: Array,
+    weights: Array,
+    objective: Objective,
+    frozen: np.ndarray,
+    starts: Array,
+    thorough: bool,
 ) -> tuple[Array, float, float, float | None]:
     """The optimum: parameters, objective, share of starts that reached it, variable projection's relative distance.
 
@@ -231,7 +240,7 @@ def _search(
 def fit(
     law: Law, points: Points, objective: Objective | None = None, floor: float | None = None, thorough: bool = True
 ) -> Fit:
-    """Fits `law` to `points`; `floor` fixes E in the metric's units. Raises InvalidTable where the data cannot carry it.
+    """Fits `law` to `points`; `floor` fixes E in the metric's units. Raises InvalidTable where it cannot be done.
 
     `thorough=False` skips the variable projection (rollouts and benchmarks that refit many times).
     """

@@ -1,8 +1,8 @@
 """Command line: any table of finished runs -> laws.json, predictions.json and a report.
 
-    python analysis/fit_laws.py                                   # results/local/runs.csv, all metrics, all groups
-    python analysis/fit_laws.py points.csv --n params --d tokens --metric loss --law chinchilla --out fits
-    python analysis/fit_laws.py results/local results/icons       # what changed from one result to another
+python analysis/fit_laws.py                                   # results/local/runs.csv, all metrics, all groups
+python analysis/fit_laws.py points.csv --n params --d tokens --metric loss --law chinchilla --out fits
+python analysis/fit_laws.py results/local results/icons       # what changed from one result to another
 """
 
 from __future__ import annotations
@@ -59,14 +59,18 @@ def parser() -> argparse.ArgumentParser:
     how = p.add_argument_group("fit")
     how.add_argument("--law", action="append", default=[], choices=LAW_NAMES, help="repeatable (each metric's own)")
     how.add_argument("--objective", choices=OBJECTIVES, help="huber-log; scores: quasi-binomial; val_nll: lse")
-    how.add_argument("--delta", type=float, default=HUBER_DELTA, help=f"Huber threshold on log residuals ({HUBER_DELTA})")
+    how.add_argument(
+        "--delta", type=float, default=HUBER_DELTA, help=f"Huber threshold on log residuals ({HUBER_DELTA})"
+    )
     how.add_argument("--floor", type=float, metavar="E", help="fix the floor E, in the metric's units (FD: measured)")
     how.add_argument("--interval", choices=METHODS, default=METHODS[0], help="how parameters get their intervals")
     how.add_argument("--level", type=float, default=0.95, help="level of all intervals (0.95)")
     where = p.add_argument_group("output")
     where.add_argument("--out", type=Path, metavar="DIR", help="folder of laws.json and report/ (the table's own)")
     where.add_argument("--runs", type=Path, metavar="DIR", help="run folders, for learning curves (runs/ up the path)")
-    where.add_argument("--plan", type=Path, metavar="JSON", help="plan --json: its larger runs are predicted in advance")
+    where.add_argument(
+        "--plan", type=Path, metavar="JSON", help="plan --json: its larger runs are predicted in advance"
+    )
     where.add_argument("--no-report", action="store_true", help="laws.json and predictions.json only")
     where.add_argument("--json", action="store_true", help="print laws.json instead of the summary")
     return p
@@ -127,7 +131,9 @@ def _planned(path: Path | None) -> list[dict[str, Any]]:
     try:
         return list(json.loads(path.read_text())["runs"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidTable("UNREADABLE_PLAN", f"{path} is no plan: write one with `make plan` --json ({error})") from error
+        raise InvalidTable(
+            "UNREADABLE_PLAN", f"{path} is no plan: write one with `make plan` --json ({error})"
+        ) from error
 
 
 def fit_table(args: argparse.Namespace, path: Path) -> dict[str, Any]:

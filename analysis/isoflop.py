@@ -6,6 +6,7 @@ On an asymmetric surface the parabola's vertex is off by .13 in log10 N where th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,10 @@ def parabola(n: Array, y: Array, level: float) -> dict[str, Any]:
     vertex = -theta[1] / (2 * theta[2])
     gradient = np.array([0.0, -1 / (2 * theta[2]), theta[1] / (2 * theta[2] ** 2)])
     half = float(stats.t.ppf(0.5 + level / 2, dof) * np.sqrt(gradient @ covariance @ gradient))
-    out = {"n_star": float(10 ** (centre + vertex)), "interval": [float(10 ** (centre + vertex + s * half)) for s in (-1, 1)]}
+    out = {
+        "n_star": float(10 ** (centre + vertex)),
+        "interval": [float(10 ** (centre + vertex + s * half)) for s in (-1, 1)],
+    }
     if not x.min() <= centre + vertex <= x.max():
         out |= {"code": "OUTSIDE", "message": "the vertex lies outside the swept sizes"}
     return out
@@ -71,7 +75,7 @@ def _interpolated(points: Points) -> list[dict[str, Any]]:
     if len(curves) < 2:
         return []
     edges = sorted({float(v) for _, c, _ in curves for v in (c[0], c[-1])})
-    middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in pairwise(edges)]
     out = []
     for at in middles:
         inside = [(n, float(np.interp(at, c, y))) for n, c, y in curves if c[0] <= at <= c[-1]]

@@ -38,11 +38,19 @@ class Law(Protocol):
     """A parametric law. `parameters` names the internal vector; `axes` the columns ("n", "d", "c") it reads."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As users write it."""
+        ...
+
     @property
-    def axes(self) -> tuple[str, ...]: ...
+    def axes(self) -> tuple[str, ...]:
+        """The columns it reads."""
+        ...
+
     @property
-    def parameters(self) -> tuple[str, ...]: ...
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the internal vector."""
+        ...
 
     def evaluate(self, theta: Array, u: Array) -> tuple[Array, Array]:
         """theta (B, p), u (axes, n) -> values (B, n) and their gradient (B, p, n), both over the metric's scale."""

@@ -114,7 +114,8 @@ def link(loss: Points, metric: Points, refit: Refit, level: float) -> dict[str, 
     held, chained = _held_out(joined), _chained(joined, loss.largest_data(), refit)
     inside = [{"error": f - y, "measured": y} for f, y in zip(fitted, joined.value, strict=True)]
     return {
-        "group": dict(loss.group), "loss": loss.metric, "metric": metric.metric, "unit": metric.unit, "n": len(joined.n),
+        "group": dict(loss.group), "loss": loss.metric, "metric": metric.metric, "unit": metric.unit,
+        "n": len(joined.n),
         "intercept": intercept, "slope": slope, "pearson": pearson(joined.loss, joined.value, level),
         "published_r": PUBLISHED_R.get(metric.metric), "error_is": "relative" if relative else "absolute",
         "error_in_sample": _rms(inside, relative), "error_held_out": _rms(held, relative),

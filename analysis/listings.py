@@ -35,8 +35,8 @@ def laws(doc: Document) -> Listing:
         rows.append((label_of(f["group"]), title_of(f["metric"]), f["law"], ", ".join(f["axes"]).upper(), params, ends,
                      runs, digits(f["aicc"]), carried, codes))  # fmt: skip
     note = (
-        "Carried: the exponents that may stand in a headline (half-width at most .1, no blocking remark); the others are "
-        "not carried by the data. Runs: rows (independent trunks)."
+        "Carried: the exponents that may stand in a headline (half-width at most .1, no blocking remark); the others "
+        "are not carried by the data. Runs: rows (independent trunks)."
     )
     headers = ("arm", "metric", "law", "axes", "parameters", "intervals", "runs", "AICc", "carried", "remarks")
     return Listing("Every law", note, headers, rows)
@@ -49,7 +49,11 @@ def remarks(doc: Document) -> Listing:
             seen.setdefault((w["code"], w["message"]), []).append(f"{label_of(f['group'])} {title_of(f['metric'])}")
     rows = [(code, message, "; ".join(dict.fromkeys(where))) for (code, message), where in seen.items()]
     rows += [
-        (r["code"], r["message"], f"{label_of(r['group'])} {title_of(r['metric'])}: {r['law'] or 'all laws'} not fitted")
+        (
+            r["code"],
+            r["message"],
+            f"{label_of(r['group'])} {title_of(r['metric'])}: {r['law'] or 'all laws'} not fitted",
+        )
         for r in doc["refused"]
     ]
     return Listing("Remarks and refusals", "", ("code", "what", "where"), rows)
@@ -64,7 +68,7 @@ def choice(doc: Document) -> Listing:
             percent(found["rms_relative_error"]) if found else r.get("code", "–"),
             f"{found['covered']} of {found['n']}" if found else "–", "least error" if r["chosen"] else "",
         ))  # fmt: skip
-    note = "Each law was fitted on the smaller sizes and asked for the next one. AICc compares only laws fitted to the same runs."
+    note = "Each law was fitted on the smaller sizes and asked for the next one. AICc compares laws of the same runs."
     headers = ("arm", "metric", "law", "runs", "AICc", "held-out error", "covered", "")
     return Listing("Which law predicts", note, headers, rows)
 
@@ -75,8 +79,9 @@ def predictions(doc: Document) -> Listing:
         covered = {True: "yes", False: "no", None: "waiting"}[p["covered"]]
         place = f"N {short(p['target']['n'])}" + (f", D {short(p['target']['d'])}" if p["target"]["d"] else "")
         rows.append((label_of(p["group"]), title_of(p["metric"]), place, digits(p["predicted"]), span(p["interval"]),
-                     digits(p["measured"]), covered, f"{p['decades']:.2f}", p["made_at"], p["rows_sha256"][:12]))  # fmt: skip
-    note = "Made from the smaller sizes alone; the hash is that of the rows used. A prediction on record is never rewritten."
+                     digits(p["measured"]), covered, f"{p['decades']:.2f}",
+                     p["made_at"], p["rows_sha256"][:12]))  # fmt: skip
+    note = "Made from the smaller sizes alone; the hash is that of the rows used. None is ever rewritten."
     headers = ("arm", "metric", "place", "predicted", "new run", "measured", "covered", "decades", "made", "rows")
     return Listing("Predictions on record", note, headers, rows)
 
@@ -111,7 +116,9 @@ def contrasts(doc: Document) -> Listing:
         if c["metric"].startswith("geneval_"):
             continue
         sign = {1: "a above b", -1: "a below b", 0: "not told apart"}[c["sign"]]
-        rows.append((c["a"], c["b"], title_of(c["metric"]), c["at"], digits(c["effect"]), span((c["low"], c["high"])), sign))
+        rows.append(
+            (c["a"], c["b"], title_of(c["metric"]), c["at"], digits(c["effect"]), span((c["low"], c["high"])), sign)
+        )
     note = "Scores: difference; losses and distances: difference of logs, about a relative one. Paired at equal size."
     return Listing("Arm against arm", note, ("a", "b", "metric", "sizes", "a − b", "interval", "reading"), rows)
 
@@ -127,7 +134,7 @@ def links(doc: Document) -> Listing:
             show(k["error_held_out"]), show(k["error_chained"]),
         ))  # fmt: skip
     note = (
-        "A straight line per arm, never pooled. Held out: the next size, at its measured loss; chained: the next size, at the "
+        "A straight line per arm, never pooled. Held out: the next size, at its measured loss; chained: at the "
         "loss predicted for it. The published r is Fluid's, random order with continuous tokens."
     )
     headers = ("arm", "metric", "sizes", "slope", "Pearson r", "published r", "in sample", "held out", "chained")
@@ -173,7 +180,9 @@ def noise(doc: Document) -> Listing:
     rows = []
     for n in doc["noise"]:
         known = n["standard_deviation"] is not None
-        rows.append((title_of(n["metric"]), digits(n["standard_deviation"]), str(n["dof"]) if known else "no replicates"))
+        rows.append(
+            (title_of(n["metric"]), digits(n["standard_deviation"]), str(n["dof"]) if known else "no replicates")
+        )
     note = "Standard deviation between seeds: relative for losses and distances, in points for scores."
     return Listing("Seed noise", note, ("metric", "between seeds", "degrees of freedom"), rows)
 
@@ -216,4 +225,3 @@ def verdicts(doc: Document) -> list[dict[str, str]]:
         out.append({"number": str(v["number"]), "claim": v["claim"], "verdict": v["verdict"], "effect": effect,
                     "text": capital(v["evidence"]["text"]), "rows": shown})  # fmt: skip
     return out
-

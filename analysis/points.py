@@ -13,7 +13,6 @@ from analysis.laws import Array
 from analysis.table import InvalidTable, Table, kind_of, numbers
 
 
-
 @dataclass(frozen=True)
 class Points:
     """Measured points (all arrays (n,)): axes n, d, c in the table's units, y with se (NaN where unknown), clusters.
@@ -133,16 +132,16 @@ def _drop_duplicates(rows: pd.DataFrame, table: Table, metric: str, excluded: li
     keys = [c for c in (columns.n, columns.d, columns.c, columns.seed) if c]
     identity = [*keys, *(c for c in ("run_id", columns.cluster) if c and c in rows)]
     twice = rows.duplicated(subset=list(dict.fromkeys([*identity, metric])), keep="first").to_numpy()
-    for row in rows["_row"][twice]:
+    for row in rows["_row"].to_numpy()[twice]:
         reason = f"repeats an earlier row ({metric} and all keys equal)"
         excluded.append({"row": int(row), "run_id": "", "code": "DUPLICATE", "reason": reason})
-    rows = rows[~twice]
+    rows = rows.loc[~twice]
     if columns.seed or "run_id" in rows:
         same = ["run_id"] if "run_id" in rows else keys
-        named = rows[rows["run_id"].astype(str).str.strip() != ""] if "run_id" in rows else rows
-        clash = named.duplicated(subset=same, keep=False)
+        named = rows.loc[rows["run_id"].astype(str).str.strip() != ""] if "run_id" in rows else rows
+        clash = named.duplicated(subset=same, keep=False).to_numpy()
         if clash.any():
-            where = ", ".join(str(r) for r in named["_row"][clash].head(4))
+            where = ", ".join(str(r) for r in named["_row"].to_numpy()[clash][:4])
             message = f"rows {where} are the same run by {'+'.join(same)} but differ in {metric}: keep one of them"
             raise InvalidTable("CONTRADICTING_DUPLICATES", message)
     return rows
@@ -163,9 +162,10 @@ def select(
     outside &= ~blank & ~broken
     not_number = f"{metric} is not a finite number"
     for mask, code, reason in ((broken, "NOT_A_NUMBER", not_number), (outside, "OUT_OF_RANGE", why)):
-        for row, run in zip(rows["_row"][mask], rows.get("run_id", rows["_row"])[mask], strict=True):
+        names = rows["run_id"] if "run_id" in rows else rows["_row"]
+        for row, run in zip(rows["_row"].to_numpy()[mask], names.to_numpy()[mask], strict=True):
             excluded.append({"row": int(row), "run_id": str(run), "code": code, "reason": reason})
-    rows = rows.assign(**{metric: values})[~blank & ~broken & ~outside]
+    rows = rows.assign(**{metric: values}).loc[~blank & ~broken & ~outside]
     rows = _drop_duplicates(rows, table, metric, excluded)
     columns = table.columns
     se_name = columns.se or f"{metric}_se"

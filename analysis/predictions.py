@@ -33,7 +33,9 @@ def _key(entry: dict[str, Any]) -> str:
     return json.dumps([entry[name] for name in names], sort_keys=True)
 
 
-def register(points: Points, refit: Refit, level: float, planned: Sequence[dict[str, float]] = ()) -> list[dict[str, Any]]:
+def register(
+    points: Points, refit: Refit, level: float, planned: Sequence[dict[str, float]] = ()
+) -> list[dict[str, Any]]:
     """Predictions for the largest rung from all others, and for planned runs above the measured ones.
 
     `planned` holds {"n", "d", "c"} of runs that have not finished. Entries carry no measurement yet.
@@ -86,7 +88,9 @@ def keep_record(path: Path, entries: Sequence[dict[str, Any]], points: Sequence[
         record = json.loads(path.read_text()) if path.exists() else {"version": 1, "predictions": []}
         known = {_key(e): e for e in record["predictions"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise InvalidTable("UNREADABLE_RECORD", f"{path} is no record of predictions: move it away ({error})") from error
+        raise InvalidTable(
+            "UNREADABLE_RECORD", f"{path} is no record of predictions: move it away ({error})"
+        ) from error
     today = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     for entry in plain(list(entries)):
         known.setdefault(_key(entry), {**entry, "made_at": today})

@@ -1,6 +1,6 @@
 """The report: one offline HTML file, its figures as PNG and SVG, and a Markdown version, all from laws.json alone.
 
-    python analysis/report.py results/local/laws.json
+python analysis/report.py results/local/laws.json
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import jinja2  # noqa: E402
-
 from matplotlib.figure import Figure  # noqa: E402
 
 from analysis import diagnostics, figures, listings, panels, words  # noqa: E402

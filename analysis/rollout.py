@@ -24,7 +24,7 @@ def rungs(points: Points) -> np.ndarray:
 
 
 def held_out(points: Points, fit: Fit, level: float) -> list[dict[str, Any]]:
-    """What `fit` says of each of `points`, beside what was measured: interval of a new run, relative error, coverage."""
+    """What `fit` says of each of `points`, beside what was measured: a new run's interval, error, coverage."""
     out = []
     for i in range(len(points)):
         place = {axis: float(points.axis(axis)[i]) for axis in fit.law.axes}

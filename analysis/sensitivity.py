@@ -35,7 +35,10 @@ def _variants(base: Fit, frame: pd.DataFrame) -> list[tuple[str, Points, Objecti
     points, sizes = base.points, np.unique(base.points.n)
     second = Objective("lse-log") if base.objective.robust else Objective("huber-log")
     out = [(f"objective {second.name}", points, second, "a second objective")]
-    for name, keep in (("without the smallest size", points.n > sizes[0]), ("without the largest size", points.n < sizes[-1])):
+    for name, keep in (
+        ("without the smallest size", points.n > sizes[0]),
+        ("without the largest size", points.n < sizes[-1]),
+    ):
         out.append((name, points.take(keep), base.objective, "one rung dropped, to see what it carries"))
     for name, parts in CONVENTIONS.items():
         recounted = _recounted(points, frame, parts)
@@ -55,7 +58,9 @@ def sensitivity(base: Fit, frame: pd.DataFrame, level: float) -> list[dict[str, 
             rows.append(_row(label, fit(base.law, points, objective, floor, thorough=False), reason, level))
         except InvalidTable as error:
             rows.append({"choice": label, "reason": reason, "code": error.code})
-    return [{"group": dict(base.points.group), "metric": base.points.metric, "law": base.law.name, **row} for row in rows]
+    return [
+        {"group": dict(base.points.group), "metric": base.points.metric, "law": base.law.name, **row} for row in rows
+    ]
 
 
 def _row(label: str, fitted: Fit, reason: str, level: float) -> dict[str, Any]:

@@ -42,7 +42,9 @@ TRUTHS: Mapping[tuple[str, str], ArmTruth] = {
 }
 
 
-def chinchilla_points(n: Array, d: Array, noise: float, rng: np.random.Generator, truth: Mapping[str, float] = CHINCHILLA) -> Points:
+def chinchilla_points(
+    n: Array, d: Array, noise: float, rng: np.random.Generator, truth: Mapping[str, float] = CHINCHILLA
+) -> Points:
     """Points of Chinchilla's law at (n, d) with log-normal noise; every run its own cluster."""
     mean = truth["E"] + truth["A"] * n ** -truth["alpha"] + truth["B"] * d ** -truth["beta"]
     blank, rows, label = np.full(len(n), np.nan), np.arange(len(n)), np.full(len(n), "")
@@ -117,8 +119,14 @@ def _evaluation(truth: ArmTruth, kind: str, relative: float, full: bool, rng: np
     if not full:
         return out | {f"{m}{s}": "" for m in names for s in ("", "_se", "_n", "_unit", "_protocol")}
     fd = floor + truth.fd_scale * relative**-truth.fd_alpha
-    out |= {"fd": fd * np.exp(0.02 * rng.normal()), "fd_se": 0.02 * fd, "fd_n": 2048, "fd_unit": "FD", "fd_protocol": "fd-icons-v1"}
-    shifts = dict(zip(TAGS, (1.2, 0.1, -0.3, 0.5, -0.8, -0.6), strict=True))
+    out |= {
+        "fd": fd * np.exp(0.02 * rng.normal()),
+        "fd_se": 0.02 * fd,
+        "fd_n": 2048,
+        "fd_unit": "FD",
+        "fd_protocol": "fd-icons-v1",
+    }
+    shifts: dict[str, float] = dict(zip(TAGS, (1.2, 0.1, -0.3, 0.5, -0.8, -0.6), strict=True))
     for name in names[1:]:
         logit = truth.score + truth.slope * np.log(relative) + shifts.get(name.removeprefix("geneval_"), 0.0)
         share, n = ceiling / (1 + np.exp(-logit)), 400 if name == "geneval" else 80

@@ -23,7 +23,7 @@ OBJECTIVES = ("huber-log", "lse-log", "lse", "quasi-binomial")
 
 @dataclass(frozen=True)
 class Objective:
-    """What is summed over the points, weighted: `huber-log`, `lse-log` (log residuals), `lse` (raw), `quasi-binomial`."""
+    """What is summed over the points: `huber-log`, `lse-log` (log residuals), `lse` (raw), `quasi-binomial`."""
 
     name: str = "huber-log"
     delta: float = HUBER_DELTA

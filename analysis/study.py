@@ -124,7 +124,9 @@ def study(table: Table, choice: Choice) -> Study:
             except InvalidTable as error:
                 if choice.metrics:
                     raise
-                refused.append({"group": group, "metric": metric, "law": None, "code": error.code, "message": error.args[0]})
+                refused.append(
+                    {"group": group, "metric": metric, "law": None, "code": error.code, "message": error.args[0]}
+                )
                 continue
             excluded += [{**e, "metric": metric} for e in dropped]
             if not len(points):
@@ -143,7 +145,9 @@ def study(table: Table, choice: Choice) -> Study:
     if not all_points:
         first = refused[0] if refused else excluded[0] if excluded else None
         detail = first.get("message", first.get("reason")) if first else "every metric cell is blank"
-        raise InvalidTable(str(first["code"]) if first else "NOTHING_MEASURED", f"{table.source}: no usable value: {detail}")
+        raise InvalidTable(
+            str(first["code"]) if first else "NOTHING_MEASURED", f"{table.source}: no usable value: {detail}"
+        )
     return Study(table, choice, tuple(all_points), tuple(_checked(fits, all_points)), tuple(refused), tuple(excluded))
 
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -72,12 +73,16 @@ class Table:
         if not self.columns.group:
             return [({}, self.frame)]
         parts = self.frame.groupby(list(self.columns.group), sort=False, dropna=False)
-        return [(dict(zip(self.columns.group, map(str, key), strict=True)), rows) for key, rows in parts]
+        out = []
+        for key, rows in parts:
+            names = key if isinstance(key, tuple) else (key,)
+            out.append((dict(zip(self.columns.group, map(str, names), strict=True)), rows))
+        return out
 
     def metrics(self) -> list[str]:
         """The metrics of our own schema that at least one row carries."""
         known = [c for c in self.frame.columns if kind_of(c) is not None and f"{c}_se" in self.frame.columns]
-        return [c for c in known if pd.to_numeric(self.frame[c], errors="coerce").notna().any()]
+        return [c for c in known if np.isfinite(numbers(self.frame[c])[0]).any()]
 
 
 def kind_of(metric: str) -> str | None:
@@ -115,7 +120,9 @@ def read(path: Path | str) -> tuple[pd.DataFrame, str]:
             frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, skipinitialspace=True)
     except (ValueError, OSError, pd.errors.ParserError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InvalidTable("UNREADABLE_TABLE", f"{path} is no readable {path.suffix or 'CSV'} table: {reason}") from error
+        raise InvalidTable(
+            "UNREADABLE_TABLE", f"{path} is no readable {path.suffix or 'CSV'} table: {reason}"
+        ) from error
     if frame.empty:
         raise InvalidTable("NO_ROWS", f"{path} has a header but no rows: nothing has finished yet")
     return frame, sha
@@ -132,16 +139,26 @@ def _read_runs(folder: Path) -> tuple[pd.DataFrame, str]:
         try:
             rows.append(json.loads(blob))
         except ValueError as error:
-            raise InvalidTable("UNREADABLE_TABLE", f"{record} is not JSON: evaluate that run again ({error})") from error
+            raise InvalidTable(
+                "UNREADABLE_TABLE", f"{record} is not JSON: evaluate that run again ({error})"
+            ) from error
     return pd.DataFrame(rows), digest.hexdigest()
 
 
 def numbers(column: pd.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Values (float, NaN where none), a mask of blanks, a mask of cells that are there but are no finite number."""
-    text = column.astype(object).where(column.notna(), "")
-    blank = np.array([isinstance(cell, str) and not cell.strip() for cell in text], bool)
-    values = pd.to_numeric(pd.Series(text, dtype=object).where(~blank, None), errors="coerce").to_numpy(float)
+    there = column.notna().to_numpy()
+    cells = [cell if known else "" for cell, known in zip(column.tolist(), there, strict=True)]
+    blank = np.array([isinstance(cell, str) and not cell.strip() for cell in cells], bool)
+    values = np.array([_number(cell) for cell in cells], float)
     return values, blank, ~blank & ~np.isfinite(values)
+
+
+def _number(cell: Any) -> float:
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return float("nan")
 
 
 def load(
@@ -203,9 +220,9 @@ def prepare(
 
 
 def _exclude(frame: pd.DataFrame, mask: np.ndarray, code: str, reason: str, excluded: list[dict]) -> pd.DataFrame:
-    for _, row in frame[mask].iterrows():
+    for _, row in frame.loc[mask].iterrows():
         excluded.append({"row": int(row["_row"]), "run_id": str(row.get("run_id", "")), "code": code, "reason": reason})
-    return frame[~mask]
+    return frame.loc[~mask]
 
 
 def _drop_bad_axes(frame: pd.DataFrame, axes: Mapping[str, str], excluded: list[dict]) -> pd.DataFrame:
@@ -222,7 +239,7 @@ def _drop_bad_axes(frame: pd.DataFrame, axes: Mapping[str, str], excluded: list[
         for mask, code, reason in bad:
             _exclude(frame, mask & ~gone, code, reason, excluded)
             gone |= mask
-        frame = frame[~gone]
+        frame = frame.loc[~gone]
     return frame
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,8 @@ class Evidence:
         left, right = (metric, *a), (metric, *b)
         if left not in self.points or right not in self.points:
             return None
-        found = (self.points[k] for k in (left, right))
-        return contrast(*found, self.laws.get(left), self.laws.get(right), at, self.level)
+        a_points, b_points = self.points[left], self.points[right]
+        return contrast(a_points, b_points, self.laws.get(left), self.laws.get(right), at, self.level)
 
     @property
     def distance(self) -> str:
@@ -84,7 +85,7 @@ def _judge(found: Sequence[tuple[Contrast | None, int]]) -> Judgement:
 def _slope(x: np.ndarray, y: np.ndarray, level: float) -> tuple[float, float, float] | None:
     if len(x) < 3 or np.ptp(x) == 0:
         return None
-    found = stats.linregress(x, y)
+    found: Any = stats.linregress(x, y)
     half = float(stats.t.ppf(0.5 + level / 2, len(x) - 2) * found.stderr)
     return float(found.slope), float(found.slope) - half, float(found.slope) + half
 
@@ -96,14 +97,15 @@ def _loss_falls(e: Evidence) -> Judgement:
         return _NOTHING
     signs, says, rows, slopes = [], [], [], []
     for arm in arms:
-        p = e.points["val_loss", *arm].largest_data()
+        p = e.points[("val_loss", *arm)].largest_data()
         found = _slope(np.log(p.n), np.log(p.y), e.level)
         if found is None:
             return _NOTHING
         means = [np.mean(p.y[p.n == n]) for n in np.unique(p.n)]
-        steady = all(b < a for a, b in zip(means, means[1:], strict=False))
+        steady = all(b < a for a, b in pairwise(means))
         signs.append(1 if found[2] < 0 and steady else -1 if found[1] > 0 else 0)
-        says.append(f"{_name(arm)}: slope {found[0]:.4f} [{found[1]:.4f}, {found[2]:.4f}], {'monotone' if steady else 'not monotone'}")
+        course = "monotone" if steady else "not monotone"
+        says.append(f"{_name(arm)}: slope {found[0]:.4f} [{found[1]:.4f}, {found[2]:.4f}], {course}")
         slopes.append(found)
         rows += p.rows.tolist()
     worst = max(slopes)
@@ -117,8 +119,8 @@ def _improves_not_strictly(e: Evidence) -> Judgement:
         for arm in e.arms(metric):
             if ("val_loss", *arm) not in e.points:
                 continue
-            p = e.points[metric, *arm].largest_data()
-            both = join(e.points["val_loss", *arm].largest_data(), p)
+            p = e.points[(metric, *arm)].largest_data()
+            both = join(e.points[("val_loss", *arm)].largest_data(), p)
             found = _slope(both.loss, both.value, e.level)
             if found is None:
                 continue
@@ -210,8 +212,8 @@ def _nearly_linear(e: Evidence) -> Judgement:
     for metric in (e.distance, "geneval"):
         if (metric, *CR) not in e.points or ("val_loss", *CR) not in e.points:
             return _NOTHING
-        p = e.points[metric, *CR].largest_data()
-        both = join(e.points["val_loss", *CR].largest_data(), p)
+        p = e.points[(metric, *CR)].largest_data()
+        both = join(e.points[("val_loss", *CR)].largest_data(), p)
         found = pearson(both.loss, both.value, e.level)
         if found is None:
             return _NOTHING
@@ -259,7 +261,7 @@ CLAIMS: tuple[tuple[int, str, Callable[[Evidence], Judgement]], ...] = (
 
 
 def verdicts(points: Sequence[Points], fits: Sequence[Fit], level: float) -> list[dict[str, Any]]:
-    """Every claim with its verdict, effect, interval and the rows it rests on; [] for tables without the four arms' columns."""
+    """Every claim with its verdict, effect, interval and rows; [] for tables without token_kind and order."""
     own = [p for p in points if {"token_kind", "order"} <= set(p.group)]
     if not own:
         return []
@@ -276,6 +278,6 @@ def verdicts(points: Sequence[Points], fits: Sequence[Fit], level: float) -> lis
         out.append({
             "number": number, "claim": claim, "verdict": verdict, "effect": effect,
             "interval": list(interval) if interval is not None else None,
-            "evidence": {"text": why or "the table has no rows that speak to it", "rows": sorted({int(r) for r in rows})},
+            "evidence": {"text": why or "no rows speak to it", "rows": sorted({int(r) for r in rows})},
         })  # fmt: skip
     return out

@@ -43,17 +43,18 @@ def capital(text: str) -> str:
 
 
 def _headlines(doc: Document, metric: str) -> list[str]:
-    """The exponents that the data carry, one law a group: the one with the least half-width."""
+    """The exponents that the data carry, one law a group: the one fitted to most runs."""
     out, silent = [], []
     for m in measured(doc, metric):
         fits = [f for f in doc["fits"] if f["metric"] == metric and f["group"] == m["group"] and f["axes"] != ["c"]]
-        carried = [(f["half_widths"]["alpha"], f) for f in fits if "alpha" in f["headline"]]
+        carried = [f for f in fits if "alpha" in f["headline"]]
         if not carried:
             silent.append(label_of(m["group"]))
             continue
-        half, best = min(carried, key=lambda pair: pair[0])
+        best = max(carried, key=lambda f: f["n_runs"])
+        value = rounded(best["params"]["alpha"], best["half_widths"]["alpha"])
         decades = math.log10(max(best["points"]["n"]) / min(best["points"]["n"]))
-        out.append(f"{label_of(m['group'])} {rounded(best['params']['alpha'], half)} ({best['law']}, {decades:.1f} decades of N)")
+        out.append(f"{label_of(m['group'])} {value} ({best['law']}, {decades:.1f} decades of N)")
     lines = [f"Exponent of {title_of(metric)} in N: {'; '.join(out)}."] if out else []
     if silent:
         lines.append(
@@ -96,7 +97,9 @@ def summary(doc: Document) -> list[str]:
         out += [_change(doc, metric), *(_headlines(doc, metric) if loss else [_best(doc, metric)])]
     if doc["verdicts"]:
         counts = {state: sum(v["verdict"] == state for v in doc["verdicts"]) for state in VERDICTS}
-        out.append(f"Of {len(doc['verdicts'])} published claims: " + ", ".join(f"{n} {s}" for s, n in counts.items()) + ".")
+        out.append(
+            f"Of {len(doc['verdicts'])} published claims: " + ", ".join(f"{n} {s}" for s, n in counts.items()) + "."
+        )
     noise = next((n for n in doc["noise"] if n["metric"] == doc["headline_metric"]), None)
     if noise and noise["standard_deviation"] is None:
         out.append("No run was repeated with another seed: intervals rest on the scatter around the laws alone.")
@@ -104,5 +107,7 @@ def summary(doc: Document) -> list[str]:
         out.append("No law was fitted. " + capital(doc["refused"][0]["message"]) + ".")
     names = {name_of(m["group"]) for m in doc["measurements"]}
     if any(s["largest"] for s in doc["measurements"]) and doc["table"]["excluded"]:
-        out.append(f"{len(doc['table']['excluded'])} cells or rows were left out of {len(names)} groups; each is named below.")
+        out.append(
+            f"{len(doc['table']['excluded'])} cells or rows were left out of {len(names)} groups; each is named below."
+        )
     return [line for line in out if line]
