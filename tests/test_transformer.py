@@ -1,0 +1,76 @@
+import torch
+
+from fluidscale.model.order import Random, Raster
+from fluidscale.model.transformer import Text, rotary_table
+from fluidscale.model.transformer import _rotate as rotate
+from tiny_models import arm_spec, awake, text_of, tokens_of
+
+
+def z_of(model, text, drop=None, batch=3):
+    view = model.order.training_view(batch, model.spec.num_tokens, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(view, tokens_of(model.spec, batch), text, drop)
+
+
+def test_rotary_products_depend_on_the_offset_in_rows_and_columns_only():
+    grid, size = 4, 8
+    cos, sin = rotary_table(grid, size, torch.device("cpu"))
+    q, k = torch.randn(2, size, generator=torch.Generator().manual_seed(0))
+    scores = rotate(q.expand(16, -1), cos, sin) @ rotate(k.expand(16, -1), cos, sin).T
+    at = scores.view(grid, grid, grid, grid)  # row, column of query, then of key
+    assert torch.allclose(at[0, 0, 1, 2], at[2, 1, 3, 3], atol=1e-5)
+    assert torch.allclose(at[3, 0, 1, 2], at[2, 1, 0, 3], atol=1e-5)
+    assert not torch.allclose(at[0, 0, 1, 2], at[0, 0, 2, 1], atol=1e-3)
+    assert torch.allclose(rotate(q, cos[5], sin[5]).norm(), q.norm())
+
+
+def test_padding_words_change_nothing():
+    model = awake(arm_spec("discrete-random"))
+    text = text_of(model.spec, 3)
+    other = Text(torch.where(text.mask, text.values, 7), text.mask)
+    assert torch.allclose(z_of(model, text), z_of(model, other), atol=1e-6)
+    shorter = Text(text.values[:1, :4], torch.ones(1, 4, dtype=torch.bool))
+    longer = Text(torch.nn.functional.pad(shorter.values, (0, 1)), torch.tensor([[True] * 4 + [False]]))
+    assert torch.allclose(z_of(model, shorter, batch=1), z_of(model, longer, batch=1), atol=1e-5)
+
+
+def test_dropped_text_is_the_null_whatever_it_said():
+    model = awake(arm_spec("continuous-raster"))
+    first, second = text_of(model.spec, 3), text_of(model.spec, 3, seed=9)
+    drop = torch.tensor([True, False, True])
+    a, b = z_of(model, first, drop), z_of(model, second, drop)
+    assert torch.allclose(a[drop], b[drop], atol=1e-6)
+    assert not torch.allclose(a[1], b[1], atol=1e-2)
+    assert not torch.allclose(a[0], z_of(model, first)[0], atol=1e-2)
+
+
+def test_an_empty_caption_is_the_null_and_never_nan():
+    model = awake(arm_spec("discrete-raster"))
+    text = text_of(model.spec, 3)
+    empty = Text(text.values * 0, torch.zeros_like(text.mask))
+    z = z_of(model, empty)
+    assert z.isfinite().all()
+    assert torch.allclose(z, z_of(model, text, torch.ones(3, dtype=torch.bool)), atol=1e-6)
+
+
+def test_frozen_features_enter_without_a_vocabulary():
+    import dataclasses
+
+    spec = dataclasses.replace(arm_spec("discrete-raster"), text_vocab_size=0)
+    model = awake(spec)
+    features = torch.randn(3, 5, spec.text_width, dtype=torch.bfloat16)
+    z = z_of(model, Text(features, torch.ones(3, 5, dtype=torch.bool)))
+    assert z.shape == (3, 9, 16) and z.isfinite().all() and model.text.words is None
+
+
+def test_shared_positions_are_a_shortcut_and_nothing_else():
+    for order in (Raster(), Random("cosine")):
+        name = "raster" if order.causal else "random"
+        model = awake(arm_spec(f"discrete-{name}", "every_layer"))
+        view = order.training_view(3, 9, torch.Generator().manual_seed(0))
+        assert len(view.distinct_positions) == 1
+        written_out = type(view)(view.reads, view.positions.contiguous(), view.counted)
+        assert len(written_out.distinct_positions) == 3
+        with torch.no_grad():
+            tokens, text = tokens_of(model.spec, 3), text_of(model.spec, 3)
+            assert torch.allclose(model(view, tokens, text), model(written_out, tokens, text), atol=1e-6)
