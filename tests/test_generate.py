@@ -3,13 +3,17 @@
 import dataclasses
 import io
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from fluidscale.evaluate import Subject, evaluate, fid, generate
+from fluidscale.evaluate.__main__ import main as command
+from fluidscale.evaluate.detect import load_detector
 from fluidscale.evaluate.features import load_features
 from fluidscale.evaluate.fid import FrechetDistance, reference_features, scene_captions
 from fluidscale.evaluate.generate import draw, image_seed
@@ -17,7 +21,7 @@ from fluidscale.evaluate.geneval import GenEval
 from fluidscale.evaluate.grid import contact_sheet
 from fluidscale.evaluate.references import references
 from fluidscale.model.build import build
-from fluidscale.spec import InvalidInput
+from fluidscale.spec import InvalidInput, to_json
 from fluidscale.tokens.image import load_tokenizer
 from fluidscale.world import World
 
@@ -170,9 +174,28 @@ def test_captions_are_sentences_of_real_scenes(subject):
 
 def test_references_bracket_what_a_model_can_reach(subject):
     world = FewPrompts(subject.spec.data.world)
-    from fluidscale.evaluate.detect import load_detector
-
     parts = (subject.tokenizer, load_detector(subject.detector_name), load_features(subject.features_name))
     found = references(world, *parts, fd_images=128)
-    assert 0 <= found["fd_real_floor"] < found["fd_floor"]
+    error = math.hypot(found["fd_real_floor_se"], found["fd_floor_se"])
+    assert 0 < found["fd_real_floor"] < found["fd_floor"] + 3 * error
     assert found["geneval_floor"] < found["geneval_ceiling"] <= found["geneval_real"]
+
+
+def test_the_command_measures_a_folder_and_its_variants(subject, capsys):
+    run_dir = subject.run_dir
+    (run_dir / "ckpt").mkdir(parents=True)
+    (run_dir / "spec.json").write_text(to_json(subject.spec))
+    save_file(subject.model.state_dict(), run_dir / "ckpt" / "ema.safetensors")
+    assert command([str(run_dir), "--metrics", "val_loss", "--json"]) == 0
+    (score,) = json.loads(capsys.readouterr().out)
+    assert (score["name"], score["variant"], score["n"]) == ("val_loss", "", subject.spec.evaluate.val_images)
+    assert command([str(run_dir), "--metrics", "fd", "--guidance-scale", "1", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "guidance_scale=1 fd " in shown and "FD-icons32" in shown
+    assert {p.name for p in (run_dir / "eval").iterdir()} >= {"guidance_scale=1", "fd.json", "val_loss.json"}
+
+
+@pytest.mark.parametrize("asked", [["--metrics", "height"], []])
+def test_the_command_refuses_in_one_line(tmp_path, subject, capsys, asked):
+    assert command([str(tmp_path / "nowhere"), *asked]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
