@@ -21,8 +21,8 @@ _BLOCK_VALUES = 20
 _HEAD_VALUES = 9
 # A Python process with torch, Lightning and the evaluation networks.
 _PROCESS_GB = 0.9
-# GenEval's prompts (553, djghosh13/geneval), those of seen and of unseen combinations apart; a small world has fewer.
-_PROMPTS = 2 * 553
+# GenEval's prompts (djghosh13/geneval); the embedded world poses about as many, seen and unseen combinations together.
+_PROMPTS = 553
 # A PNG costs about this many bytes a pixel of an icon scene.
 _PNG_BYTES = 1.2
 

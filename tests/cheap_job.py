@@ -97,16 +97,20 @@ def cheap(spec: RunSpec, run_dir: Path, placement: Placement, should_stop: Calla
     folder.set_status("done", step=STEPS)
 
 
-def launch(sweep: Path, runs_dir: Path, retry_failed: bool = False) -> int:
-    """As `python -m slurm.launch submit` on two CPU workers, without collecting; its exit codes."""
+def launch(sweep: Path, runs_dir: Path, *options: str) -> int:
+    """As `python -m slurm.launch submit` on two CPU workers, without collecting; its exit codes.
+
+    Options: --retry-failed; --unknown-job, with which no worker can import what it is to do.
+    """
     import cheap_job
 
-    cloudpickle.register_pickle_by_value(cheap_job)
+    if "--unknown-job" not in options:
+        cloudpickle.register_pickle_by_value(cheap_job)
     plan = plan_of(sweep)
     launch_id = f"test-{os.getpid()}"
     held = claim.take(layout.launch(runs_dir, launch_id), local.launch_facts(plan.sweep.name))
     assert held is not None
-    queue = local.prepare(plan, runs_dir, launch_id, retry_failed)
+    queue = local.prepare(plan, runs_dir, launch_id, "--retry-failed" in options)
     workers = local.Workers(plan.machine, queue, cheap_job.cheap)
     with local.catching_signals() as stop:
         states = local.supervise(plan, workers, stop, PlainLines(WORKERS, lambda line: print(line, flush=True)))
@@ -118,4 +122,4 @@ def launch(sweep: Path, runs_dir: Path, retry_failed: bool = False) -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    sys.exit(launch(Path(sys.argv[1]), Path(sys.argv[2]).resolve(), "--retry-failed" in sys.argv))
+    sys.exit(launch(Path(sys.argv[1]), Path(sys.argv[2]).resolve(), *sys.argv[3:]))

@@ -21,7 +21,7 @@ from slurm import claim, layout, local
 from slurm.job import MAX_DEATHS
 
 DRIVER = Path(__file__).parent / "cheap_job.py"
-PATIENCE = 60.0
+PATIENCE = 240.0
 
 
 class Launcher:
@@ -222,6 +222,13 @@ def test_a_run_that_always_takes_its_process_along_is_given_up(cheap_sweep, runs
     error = json.loads((deadly / "status.json").read_text())["error"]
     assert f"vanished {MAX_DEATHS} times" in error
     assert sorted(chains(runs)) == sorted(cheap_sweep.run_ids[1:])
+
+
+def test_workers_that_cannot_start_end_the_launch_with_their_reason(cheap_sweep, runs):
+    launcher = Launcher(cheap_sweep.path, runs, "--unknown-job")
+    assert launcher.wait() == 1
+    said = launcher.output.read_text().splitlines()[-1]
+    assert "workers end before they get anything done" in said and "No module named 'cheap_job'" in said
 
 
 def test_cancel_stops_the_launcher_and_its_workers(cheap_sweep, runs):
