@@ -30,6 +30,7 @@ from fluidscale.model.transformer import Text
 from fluidscale.record import write_atomic
 from fluidscale.spec import InvalidInput, canonical
 from fluidscale.world import World
+from fluidscale.world.captions import PREFIX
 
 # Tokens drawn in one batch: bounds memory; what is drawn does not depend on it.
 _BATCH_TOKENS = 4096
@@ -132,4 +133,5 @@ def _showcase(samples: Samples, count: int = 24) -> tuple[list[np.ndarray], list
     """Images and captions for the contact sheet, spread evenly over the prompts."""
     picked = np.unique(np.linspace(0, len(samples.rows) - 1, min(count, len(samples.rows))).round().astype(int))
     rows = [samples.rows[k] for k in picked]
-    return [_read_image(samples.folder / row["file"]) for row in rows], [row["prompt"] for row in rows]
+    captions = [row["prompt"].removeprefix(PREFIX) for row in rows]
+    return [_read_image(samples.folder / row["file"]) for row in rows], captions
