@@ -1,18 +1,19 @@
 """The contract that all four arms keep, in both position schemes."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from golden.losses import measure
+from tiny_models import ARMS, POSITIONS, arm_spec, awake, sampling_of, text_of, tokens_of
 
 from fluidscale.model.build import build
 from fluidscale.model.generator import generate
 from fluidscale.model.order import View
 from fluidscale.spec import InvalidInput
-from golden.losses import measure
-from tiny_models import ARMS, POSITIONS, arm_spec, awake, sampling_of, text_of, tokens_of
 
 both = pytest.mark.parametrize(("arm", "position"), [(a, p) for a in ARMS for p in POSITIONS])
 
@@ -94,20 +95,17 @@ def test_a_cache_takes_several_slots_at_once():
 def test_every_token_is_written_exactly_once_for_any_number_of_steps(arm, position):
     model = awake(arm_spec(arm, position))
     spec, batch = model.spec, 2
-    blank = model.head.blank
     for num_steps in range(1, spec.num_tokens + 1):
         writes = torch.zeros(batch, spec.num_tokens)
-        shown = []
-        hook = model.head.register_forward_pre_hook(lambda *_: None)
-        original = model.order.steps(spec.num_tokens, num_steps, torch.arange(9).expand(batch, -1))
-        for written in original:
+        shown: list[tuple[int, int]] = []
+        steps = model.order.steps(spec.num_tokens, num_steps, torch.arange(9).expand(batch, -1))
+        for written in steps:
             writes.scatter_add_(1, written, torch.ones_like(written, dtype=torch.float))
-        hook.remove()
         assert (writes == 1).all()
         unguided = sampling_of(spec, num_steps, guidance=1.0)
-        tokens = generate(model, text_of(spec, batch), unguided, [1, 2], lambda *at: shown.append(at))
-        assert len(shown) == len(original)
-        assert tokens.shape == blank(batch, spec.num_tokens, model.device).shape
+        tokens = generate(model, text_of(spec, batch), unguided, [1, 2], lambda *at, shown=shown: shown.append(at))
+        assert len(shown) == len(steps)
+        assert tokens.shape == tokens_of(spec, batch).shape
         if spec.token_kind == "continuous":
             assert (tokens != 0).all()  # nothing was left blank
         assert tokens.isfinite().all()
@@ -120,12 +118,15 @@ def test_the_first_loss_is_what_a_blank_head_must_score(arm):
         torch.manual_seed(0)
         spec = arm_spec(arm, objective=objective, repeats=8)
         model = build(spec)
-        view = model.order.training_view(256, spec.num_tokens, rng())
-        losses, counted = model.losses(tokens_of(spec, 256), text_of(spec, 256), view, rng(1), stratified=True)
+        # Half of eps' variational term sits in its very last step, one draw in a thousand.
+        batch, tolerance = (1024, 0.1) if spec.head and objective == "eps" else (256, 0.05)
+        view = model.order.training_view(batch, spec.num_tokens, rng())
+        with torch.no_grad():
+            losses, counted = model.losses(tokens_of(spec, batch), text_of(spec, batch), view, rng(1), stratified=True)
         assert torch.equal(losses != 0, counted)
         expected = {"v": 1.0, "flow": 2.0, "eps": 1.0 + variance_bits()}[objective]
         expected = math.log(spec.vocab_size) if spec.head is None else expected
-        assert float(losses.sum() / counted.sum()) == pytest.approx(expected, rel=0.05)
+        assert float(losses.sum() / counted.sum()) == pytest.approx(expected, rel=tolerance)
 
 
 def variance_bits():
@@ -178,7 +179,7 @@ def test_autocast_and_the_meta_device(arm, position):
         drawn = generate(model, text, sampling_of(spec), range(8))
     rough.sum().backward()
     assert rough.dtype == torch.float32 and drawn.isfinite().all()
-    assert float(rough.sum()) == pytest.approx(float(exact.sum()), rel=0.05)
+    assert rough.sum().item() == pytest.approx(exact.sum().item(), rel=0.05)
     with torch.device("meta"):
         hollow = build(spec)
     losses, _ = hollow.losses(tokens.to("meta"), text.to(torch.device("meta")), view, rng(1))
@@ -197,11 +198,19 @@ def test_only_building_touches_the_global_generator(arm):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("change", [{"token_kind": "analog"}, {"order": "spiral"}, {"position": "none"}, {"num_heads": 3},
-                                    {"vocab_size": 0}, {"mask_law": "linear"}, {"num_heads": 8, "position": "every_layer"}])  # fmt: skip
-def test_a_spec_that_cannot_be_built_is_refused(change):
-    import dataclasses
+IMPOSSIBLE = (
+    {"token_kind": "analog"},
+    {"order": "spiral"},
+    {"position": "none"},
+    {"mask_law": "linear"},
+    {"vocab_size": 0},
+    {"num_heads": 3},
+    {"num_heads": 8, "position": "every_layer"},
+)
 
+
+@pytest.mark.parametrize("change", IMPOSSIBLE)
+def test_a_spec_that_cannot_be_built_is_refused(change):
     with pytest.raises(InvalidInput):
         build(dataclasses.replace(arm_spec("discrete-random"), **change))
 

@@ -2,11 +2,11 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_models import ARMS, arm_spec, awake, sampling_of, text_of
 
 from fluidscale.model.generator import SCHEDULES, generate
 from fluidscale.model.transformer import Text
 from fluidscale.spec import InvalidInput
-from tiny_models import ARMS, arm_spec, awake, sampling_of, text_of
 
 LATENT_TOLERANCE = 1e-4
 
@@ -75,7 +75,8 @@ def test_linear_guidance_ends_at_full_scale_and_differs_from_constant():
     model = awake(arm_spec("continuous-random"))
     text = text_of(model.spec, 2)
     constant, linear = (
-        generate(model, text, sampling_of(model.spec, guidance=3.0, schedule=schedule), [1, 2]) for schedule in SCHEDULES
+        generate(model, text, sampling_of(model.spec, guidance=3.0, schedule=schedule), [1, 2])
+        for schedule in SCHEDULES
     )
     assert not torch.allclose(constant, linear, atol=1e-2)
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from tiny_models import CHANNELS, CODES, SOLVERS, arm_spec, awake
 
 from fluidscale.model.denoiser import step_chunks
 from fluidscale.model.draws import ImageDraws
 from fluidscale.model.head import guide
 from fluidscale.spec import InvalidInput, SamplingSpec
-from tiny_models import CHANNELS, CODES, SOLVERS, arm_spec, awake
 
 
 def draws(images, per_image=1, seed=0):

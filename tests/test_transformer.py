@@ -1,9 +1,11 @@
+import dataclasses
+
 import torch
+from tiny_models import arm_spec, awake, text_of, tokens_of
 
 from fluidscale.model.order import Random, Raster
 from fluidscale.model.transformer import Text, rotary_table
 from fluidscale.model.transformer import _rotate as rotate
-from tiny_models import arm_spec, awake, text_of, tokens_of
 
 
 def z_of(model, text, drop=None, batch=3):
@@ -54,8 +56,6 @@ def test_an_empty_caption_is_the_null_and_never_nan():
 
 
 def test_frozen_features_enter_without_a_vocabulary():
-    import dataclasses
-
     spec = dataclasses.replace(arm_spec("discrete-raster"), text_vocab_size=0)
     model = awake(spec)
     features = torch.randn(3, 5, spec.text_width, dtype=torch.bfloat16)
