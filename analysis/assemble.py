@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from analysis.allocation import allocation
 from analysis.compare import comparisons
@@ -96,6 +97,18 @@ def _noise(result: Study) -> list[dict[str, Any]]:
     return out
 
 
+def _doubling(points: Points, level: float) -> dict[str, Any] | None:
+    """The mean change of log metric (of the score itself) per doubling of N over the ladder: no law is assumed."""
+    top = points.largest_data()
+    if points.kind == "signed" or len(np.unique(top.n)) < 3:
+        return None
+    found: Any = stats.linregress(np.log2(top.n), top.y if points.kind == "score" else np.log(top.y))
+    half = float(stats.t.ppf(0.5 + level / 2, len(top) - 2) * found.stderr)
+    ends = [found.slope, found.slope - half, found.slope + half]
+    change = [float(v) for v in (ends if points.kind == "score" else np.expm1(ends))]
+    return {"group": dict(points.group), "metric": points.metric, "kind": points.kind, "change": change}
+
+
 def _attach_rollouts(doc: dict[str, Any], fits: Sequence[Fit], rollouts: dict) -> None:
     for shown, f in zip(doc["fits"], fits, strict=True):
         if len(f.law.axes) == 1 and f.law.axes != ("n",):
@@ -117,6 +130,7 @@ def assemble(result: Study, predictions: Path | None, runs: Path, planned: Seque
     scores = [p for p in headline if p.kind == "score" and np.isfinite(p.c).all() and len(p)]
     doc |= {
         "noise": _noise(result),
+        "doublings": [row for p in headline if (row := _doubling(p, choice.level))],
         "allocation": joint,
         "isoflop": [row for p in headline for row in profiles(p, choice.level, of.get((p.metric, p.name)))],
         "links": _links(result, losses),

@@ -77,7 +77,8 @@ def allocation(doc: Document) -> Figure | None:
         log_axis(ax.yaxis, *ax.get_ylim())
         ax.set_xlabel(axis_name(doc, "c"))
         ax.set_ylabel("best " + axis_name(doc, key))
-    axes[0].legend(loc="best")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from analysis.bootstrap import intervals
 from analysis.fit import EXPONENTS, Fit
-from analysis.intervals import allocation_exponent, band
+from analysis.intervals import allocation_exponent, band, predict
 from analysis.points import Points
 from analysis.study import Study
 
@@ -87,6 +87,16 @@ def _slices(fit: Fit) -> list[dict[str, Any]]:
     levels = np.unique(fit.points.d)
     levels = levels[np.linspace(0, len(levels) - 1, min(len(levels), 6)).astype(int)]
     return [{"d": d, "x": x, "mean": fit.predict(n=x, d=d)} for d in levels]
+
+
+def _forecasts(fit: Fit, result: Study) -> list[dict[str, Any]]:
+    """The law at the places that were asked for, where they name all of its axes."""
+    out = []
+    for place in result.choice.predict:
+        if set(fit.law.axes) <= set(place):
+            said = predict(fit, result.choice.level, **{axis: place[axis] for axis in fit.law.axes})
+            out.append({"at": {axis: place[axis] for axis in fit.law.axes}, "n_runs": len(fit.points), **said.__dict__})
+    return out
 
 
 def half_widths(intervals: dict[str, tuple[float, float]]) -> dict[str, float]:
@@ -172,7 +182,10 @@ def document(result: Study) -> dict[str, Any]:
         "sweep": _sweep(result),
         "headline_metric": result.points[0].metric,
         "level": result.choice.level,
-        "fits": [entry(f, result.choice.level, result.choice.interval) for f in result.fits],
+        "fits": [
+            entry(f, result.choice.level, result.choice.interval) | {"forecasts": _forecasts(f, result)}
+            for f in result.fits
+        ],
         "refused": list(result.refused),
         "measurements": [measurement(p, sizes) for p in result.points],
     }  # fmt: skip

@@ -127,7 +127,10 @@ def _panel(ax: Axes, doc: Document, metric: str, axis: str, members: list[Docume
     _held_out(ax, doc, fits, axis)
     for m in members:
         _draw_points(ax, doc, m, axis, len(members) == 1)
-    x = np.concatenate([_array(m[axis]) for m in members])
+    overlaid = [o for o in doc.get("overlay", []) if o["metric"] == metric and axis == "n"]
+    for o in overlaid:
+        ax.plot(o["n"], o["y"], "*:", color=MUTED, markersize=5, linewidth=0.8, label=o["label"] + " (its protocol)")
+    x = np.concatenate([*(_array(m[axis]) for m in members), *(_array(o["n"]) for o in overlaid)])
     right = np.nanmax(x) * (reach if fits else 1.3)
     if fits:
         ax.axvspan(np.nanmax(x) * 1.1, right, color="#f3f5f7", zorder=0, linewidth=0)
@@ -145,7 +148,7 @@ def _panel(ax: Axes, doc: Document, metric: str, axis: str, members: list[Docume
     ax.set_title(" / ".join(sorted({m["group"].get("token_kind", "") for m in members})) or title_of(metric))
     ax.set_xlabel(axis_name(doc, axis))
     ax.set_ylabel(f"{title_of(metric)}" + (f"\n({unit})" if unit else ""))
-    if len(members) > 1:
+    if len(members) > 1 or overlaid:
         ax.legend(loc="best")
 
 

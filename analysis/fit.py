@@ -21,6 +21,7 @@ Spread = tuple[float, float]
 EXPONENTS = ("alpha", "beta", "alpha_N", "alpha_D", "delta")
 # fewer distinct values of an axis than this cannot tell a floor from a slope
 LEVELS = 3
+FEW = 6
 # a start has reached the best when its objective is within this relative distance of it
 REACHED = 1e-3
 # parameters that rows of one trunk identify among themselves; all others are told apart between trunks only
@@ -123,6 +124,9 @@ def guard(law: Law, points: Points, free: int) -> list[Warned]:
         message = f"{where}: {len(points)} runs for {free} parameters of law {law.name}: add runs or take a smaller law"
         raise InvalidTable("TOO_FEW_RUNS", message)
     warned = []
+    sizes = len(np.unique(points.axis(law.axes[0])))
+    if sizes < FEW:
+        warned.append(Warned("FEW_SIZES", f"{sizes} sizes only: the form of the law is taken on trust"))
     if len(law.axes) == 2:
         x, z = np.log(points.axis(law.axes[0])), np.log(points.axis(law.axes[1]))
         if abs(np.corrcoef(x, z)[0, 1]) > 0.95:

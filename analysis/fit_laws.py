@@ -26,9 +26,10 @@ from analysis.bootstrap import METHODS  # noqa: E402
 from analysis.changes import changes, in_words  # noqa: E402
 from analysis.document import plain, write_json  # noqa: E402
 from analysis.laws import LAW_NAMES  # noqa: E402
+from analysis.published import published  # noqa: E402
 from analysis.solver import HUBER_DELTA, OBJECTIVES  # noqa: E402
 from analysis.study import Choice, Study, study  # noqa: E402
-from analysis.table import InvalidTable, Table, load  # noqa: E402
+from analysis.table import AXES, InvalidTable, Table, load  # noqa: E402
 
 EXAMPLES = """examples:
   python analysis/fit_laws.py                            our own table, results/local/runs.csv, with its report
@@ -64,12 +65,18 @@ def parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--floor", type=float, metavar="E", help="fix the floor E, in the metric's units (FD: measured)")
     how.add_argument("--interval", choices=METHODS, default=METHODS[0], help="how parameters get their intervals")
+    how.add_argument(
+        "--predict", action="append", default=[], metavar="n=3e10[,d=..]", help="ask each law there; repeatable"
+    )
     how.add_argument("--level", type=float, default=0.95, help="level of all intervals (0.95)")
     where = p.add_argument_group("output")
     where.add_argument("--out", type=Path, metavar="DIR", help="folder of laws.json and report/ (the table's own)")
     where.add_argument("--runs", type=Path, metavar="DIR", help="run folders, for learning curves (runs/ up the path)")
     where.add_argument(
         "--plan", type=Path, metavar="JSON", help="plan --json: its larger runs are predicted in advance"
+    )
+    where.add_argument(
+        "--overlay", action="store_true", help="draw Fluid's published values beside ours (own protocol)"
     )
     where.add_argument("--no-report", action="store_true", help="laws.json and predictions.json only")
     where.add_argument("--json", action="store_true", help="print laws.json instead of the summary")
@@ -84,6 +91,13 @@ def summary(doc: dict[str, Any]) -> str:
         ends = {k: f["intervals"][k] for k in names}
         values = "  ".join(f"{k} {f['params'][k]:.4f} [{ends[k][0]:.4f}, {ends[k][1]:.4f}]" for k in names)
         codes = " ".join(w["code"] for w in f["warnings"])
+        for said in f["forecasts"]:
+            at = ", ".join(f"{k.upper()} = {v:.4g}" for k, v in said["at"].items())
+            values += (
+                f"\n{'':20} at {at}: {said['mean']:.4g}, law [{said['low']:.4g}, {said['high']:.4g}], new run "
+                f"[{said['run_low']:.4g}, {said['run_high']:.4g}], {said['decades']:.2f} decades beyond "
+                f"{said['n_runs']} points"
+            )
         group = "-".join(f["group"].values()) or "all"
         lines.append(f"{group:20} {f['metric']:22} {f['law']:12} {','.join(f['axes']):4} {values}  {codes}".rstrip())
     for r in doc["refused"]:
@@ -111,8 +125,20 @@ def _choice(args: argparse.Namespace) -> Choice:
         raise InvalidTable("BAD_LEVEL", f"--level {args.level} is not in [0.5, 1)")
     if not args.delta > 0:
         raise InvalidTable("BAD_DELTA", f"--delta {args.delta} is not positive")
+    places = tuple(_place(text) for text in args.predict)
     laws, metrics = tuple(args.law), tuple(args.metric)
-    return Choice(laws, metrics, args.objective, args.delta, args.floor, args.level, args.interval)
+    return Choice(laws, metrics, args.objective, args.delta, args.floor, args.level, args.interval, places)
+
+
+def _place(text: str) -> dict[str, float]:
+    """n=3e10,d=2e11 -> {"n": 3e10, "d": 2e11}."""
+    try:
+        place = {key.strip(): float(value) for key, value in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise InvalidTable("BAD_PLACE", f"--predict {text}: write n=3e10 or n=3e10,d=2e11") from error
+    if not set(place) <= set(AXES) or any(not 0 < v < float("inf") for v in place.values()):
+        raise InvalidTable("BAD_PLACE", f"--predict {text}: positive values of {', '.join(AXES)} only")
+    return place
 
 
 def _runs_beside(table: Path) -> Path:
@@ -143,6 +169,8 @@ def fit_table(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     result = study(_load(args, table_path), _choice(args))
     runs = args.runs or _runs_beside(table_path)
     doc = plain(assemble(result, folder / "predictions.json", runs, _planned(args.plan)))
+    if args.overlay:
+        doc["overlay"] = plain(published())
     write_json(folder / "laws.json", doc)
     if not args.no_report:
         # drawing costs more to import than fitting: only where a report is wanted

@@ -8,7 +8,7 @@ from typing import Any
 
 from analysis.figures import title_of
 from analysis.panels import label_of, short
-from analysis.words import capital, digits, percent, span
+from analysis.words import capital, digits, percent, rounded, span
 
 Document = dict[str, Any]
 EXPONENTS = ("alpha", "beta", "alpha_N", "alpha_D", "delta", "slope")
@@ -22,6 +22,38 @@ class Listing:
     note: str
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+
+def glance(doc: Document) -> Listing:
+    """One row an arm: what the ladder did to each headline metric."""
+    metrics = [m for m in _headline_metrics(doc) if m != "val_nll"]
+    arms = {label_of(m["group"]): m["group"] for m in doc["measurements"]}
+    rows = []
+    for label, group in arms.items():
+        cells = [label]
+        for metric in metrics:
+            m = next((m for m in doc["measurements"] if m["metric"] == metric and m["group"] == group), None)
+            cells += [_ends(m), _per_doubling(doc, metric, group)]
+        rows.append(cells)
+    headers = ["", *(h for m in metrics for h in (capital(title_of(m)), "per doubling of N"))]
+    note = "From the smallest to the largest model at the largest data size; change per doubling with its interval."
+    return Listing("At a glance", note, headers, rows)
+
+
+def _ends(m: Document | None) -> str:
+    if m is None:
+        return "–"
+    points = sorted((n or 0.0, y) for n, y, top in zip(m["n"], m["y"], m["largest"], strict=True) if top)
+    return f"{digits(points[0][1])} → {digits(points[-1][1])}" if len(points) > 1 else digits(points[0][1])
+
+
+def _per_doubling(doc: Document, metric: str, group: dict[str, str]) -> str:
+    for d in doc["doublings"]:
+        if d["metric"] == metric and d["group"] == group:
+            middle, low, high = d["change"]
+            half, unit = (high - low) / 2, 1.0 if d["kind"] == "score" else 100.0
+            return rounded(unit * middle, unit * half, sign=True) + ("" if d["kind"] == "score" else " %")
+    return "–"
 
 
 def laws(doc: Document) -> Listing:
@@ -77,7 +109,7 @@ def predictions(doc: Document) -> Listing:
     rows = []
     for p in doc.get("predictions", {}).get("predictions", []):
         covered = {True: "yes", False: "no", None: "waiting"}[p["covered"]]
-        place = f"N {short(p['target']['n'])}" + (f", D {short(p['target']['d'])}" if p["target"]["d"] else "")
+        place = ", ".join(f"{axis.upper()} {short(p['target'][axis])}" for axis in ("n", "d") if axis in p["target"])
         rows.append((label_of(p["group"]), title_of(p["metric"]), place, digits(p["predicted"]), span(p["interval"]),
                      digits(p["measured"]), covered, f"{p['decades']:.2f}",
                      p["made_at"], p["rows_sha256"][:12]))  # fmt: skip

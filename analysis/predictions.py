@@ -19,7 +19,7 @@ from analysis.document import plain, write_json
 from analysis.intervals import predict
 from analysis.points import Points
 from analysis.rollout import Refit, rungs
-from analysis.table import InvalidTable
+from analysis.table import AXES, InvalidTable
 
 
 def rows_sha256(points: Points) -> str:
@@ -45,7 +45,7 @@ def register(
         return []
     top = points.largest_data()
     last = top.take(top.n == sizes[-1])
-    places = [{"n": float(last.n[0]), "d": float(last.d[0]), "c": float(last.c[0])}]
+    places = [{axis: float(last.axis(axis)[0]) for axis in AXES if np.isfinite(last.axis(axis)[0])}]
     jobs = [(points.take(points.n < sizes[-1]), places)]
     jobs.append((points, [dict(p) for p in planned if p["n"] > sizes[-1]]))
     out = []
@@ -72,7 +72,8 @@ def _measure(entry: dict[str, Any], points: Sequence[Points]) -> None:
     for p in points:
         if dict(p.group) != entry["group"] or p.metric != entry["metric"]:
             continue
-        here = np.isclose(p.n, entry["target"]["n"], rtol=1e-9) & np.isclose(p.d, entry["target"]["d"], rtol=1e-9)
+        sizes = [axis for axis in ("n", "d") if axis in entry["target"]]
+        here = np.all([np.isclose(p.axis(a), entry["target"][a], rtol=1e-9) for a in sizes], axis=0)
         if here.any():
             value = float(p.y[here].mean())
             low, high = entry["interval"]

@@ -83,7 +83,7 @@ def _samples(doc: Document, folder: Path) -> dict[str, Any]:
 def _context(doc: Document, folder: Path, samples: Path) -> dict[str, Any]:
     listed = {
         name: getattr(listings, name)(doc)
-        for name in ("laws", "remarks", "choice", "predictions", "crossings", "chances", "contrasts", "links",
+        for name in ("glance", "laws", "remarks", "choice", "predictions", "crossings", "chances", "contrasts", "links",
                      "allocations", "isoflops", "sensitivities", "noise", "runs", "excluded")
     }  # fmt: skip
     return {

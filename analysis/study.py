@@ -29,6 +29,7 @@ class Choice:
     floor: float | None = None
     level: float = 0.95
     interval: str = "gauss-newton-t"
+    predict: tuple[Mapping[str, float], ...] = ()
 
     @property
     def explicit(self) -> bool:

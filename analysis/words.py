@@ -31,11 +31,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f} %"
 
 
-def rounded(value: float, half: float) -> str:
+def rounded(value: float, half: float, sign: bool = False) -> str:
     """A headline number with no more decimals than its half-width carries: 0.34 ± 0.08, 0.341 ± 0.006."""
-    decimals = max(1, -math.floor(math.log10(half))) if half > 0 else 4
+    decimals = max(0, -math.floor(math.log10(half))) if half > 0 else 4
     decimals += half * 10**decimals < 2  # a half-width that begins with 1 keeps a second digit
-    return f"{value:.{decimals}f} ± {half:.{decimals}f}"
+    return f"{value:{'+' if sign else ''}.{decimals}f} ± {half:.{decimals}f}"
 
 
 def capital(text: str) -> str:
@@ -64,17 +64,6 @@ def _headlines(doc: Document, metric: str) -> list[str]:
     return lines
 
 
-def _change(doc: Document, metric: str) -> str | None:
-    """Measured change from the smallest to the largest model at the largest data size, per group."""
-    parts = []
-    for m in measured(doc, metric):
-        points = sorted((n, y) for n, y, top in zip(m["n"], m["y"], m["largest"], strict=True) if top and n)
-        if len(points) > 1 and points[-1][0] > points[0][0]:
-            parts.append(f"{label_of(m['group'])} {digits(points[0][1])} → {digits(points[-1][1])}")
-    text = "; ".join(parts)
-    return f"{capital(title_of(metric))} from the smallest to the largest model: {text}." if parts else None
-
-
 def _best(doc: Document, metric: str) -> str | None:
     found = [
         (y, n, label_of(m["group"]), m["kind"])
@@ -94,7 +83,7 @@ def summary(doc: Document) -> list[str]:
     out: list[str | None] = []
     for metric in (m for m in metrics if not m.startswith("geneval_") and m != "val_nll"):
         loss = all(m["kind"] == "loss" for m in measured(doc, metric))
-        out += [_change(doc, metric), *(_headlines(doc, metric) if loss else [_best(doc, metric)])]
+        out += _headlines(doc, metric) if loss else [_best(doc, metric)]
     if doc["verdicts"]:
         counts = {state: sum(v["verdict"] == state for v in doc["verdicts"]) for state in VERDICTS}
         out.append(
