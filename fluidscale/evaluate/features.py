@@ -43,10 +43,11 @@ class FeatureNetwork(nn.Module):
             nn.Conv2d(middle, coarse, 2, stride=2),
             ResidualBlock(coarse),
             nn.SiLU(),
-            nn.Conv2d(coarse, features, 1),
-            nn.SiLU(),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
+            nn.Linear(coarse, features),
+            # Of equal length: without it rare outliers made the distance between two real sets twice as noisy.
+            nn.LayerNorm(features, elementwise_affine=False),
         )
         self.register_buffer("shift", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
