@@ -215,7 +215,7 @@ def _run(content: dict[str, Any], arm: str, size: str, seed: int, images: int, w
             "tokenizer_sha256": card["sha256"],
             "text_encoder": content["text_encoder"],
             "data": data,
-            "train": _train(dict(content["train"]), images, where),
+            "train": _train(dict(content["train"]), images, int(model["width"]), where),
             "evaluate": content["evaluate"],
         },
         where,
@@ -224,17 +224,23 @@ def _run(content: dict[str, Any], arm: str, size: str, seed: int, images: int, w
     return spec
 
 
-def _train(train: dict[str, Any], images: int, where: str) -> dict[str, Any]:
-    """Images and fractions become steps, so that a spec holds only what the loop counts."""
-    known = {f.name for f in fields(TrainSpec)} - {"steps", "decay_steps"} | {"decay_fraction"}
+def _train(train: dict[str, Any], images: int, width: int, where: str) -> dict[str, Any]:
+    """Images, fractions and the rate's rule become the numbers that the loop uses.
+
+    With `lr_width`, `lr` is the rate at that width and others get lr * lr_width / width: Adam's rate for matrices under
+    maximal-update scaling (arXiv 2203.03466, Table 3).
+    """
+    known = {f.name for f in fields(TrainSpec)} - {"steps", "decay_steps"} | {"decay_fraction", "lr_width"}
     for key in train:
         if key not in known:
             raise InvalidInput(unknown_key(key, known, f"{where}: train"))
     steps, rest = divmod(images, int(train.get("batch", 1)))
     if rest:
         raise InvalidInput(f"{where}: images: {images} is not a multiple of the batch {train['batch']}")
-    fraction = train.pop("decay_fraction", 0.0)
-    return {**train, "steps": steps, "decay_steps": round(steps * fraction)}
+    fraction, at_width = train.pop("decay_fraction", 0.0), train.pop("lr_width", width)
+    # Nine digits: a rate that a person can read back from its spec.
+    rate = float(f"{train['lr'] * at_width / width:.9g}") if "lr" in train else None
+    return {**train, "lr": rate, "steps": steps, "decay_steps": round(steps * fraction)}
 
 
 def read_card(name: str, where: str) -> dict[str, Any]:

@@ -45,8 +45,17 @@ def test_every_shipped_sweep_resolves():
 
 
 def test_a_dotted_key_varies(tmp_path):
-    runs = load_sweep(write(tmp_path, GOOD + "vary: {train.lr: [1.0e-3, 2.0e-3], model.aligner_depth: [0, 1]}\n")).runs
-    assert {(run.train.lr, run.model.aligner_depth) for run in runs} == {(1e-3, 0), (1e-3, 1), (2e-3, 0), (2e-3, 1)}
+    runs = load_sweep(
+        write(tmp_path, GOOD + "vary: {train.weight_decay: [0, 0.1], model.aligner_depth: [0, 1]}\n")
+    ).runs
+    assert {(run.train.weight_decay, run.model.aligner_depth) for run in runs} == {(0, 0), (0, 1), (0.1, 0), (0.1, 1)}
+
+
+def test_the_rate_falls_with_width_where_a_width_is_named_for_it(tmp_path):
+    rates = {run.size: run.train.lr for run in load_sweep("local").runs}
+    assert rates["930K"] == 2e-3 and rates["50K"] == pytest.approx(2e-3 * 96 / 16)
+    (own,) = load_sweep(write(tmp_path, GOOD + "defaults: {train: {lr: 1.0e-3, lr_width: 16}}\n")).runs
+    assert own.train.lr == 1e-3
 
 
 @pytest.mark.parametrize(
