@@ -189,6 +189,17 @@ def test_autocast_and_the_meta_device(arm, position):
 
 
 @pytest.mark.parametrize("arm", ARMS)
+def test_training_goes_on_after_sampling(arm):
+    """Tables that sampling asked for first, in inference mode, serve training too."""
+    spec = dataclasses.replace(arm_spec(arm, "every_layer", "eps"), width=24, grid=4)  # used by no other test
+    model = awake(spec)
+    generate(model, text_of(spec, 2), sampling_of(spec), [1, 2])
+    losses, _ = model.losses(tokens_of(spec, 2), text_of(spec, 2), model.order.training_view(2, 16, rng()), rng(1))
+    losses.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("arm", ARMS)
 def test_only_building_touches_the_global_generator(arm):
     model = awake(arm_spec(arm))
     before = torch.get_rng_state()

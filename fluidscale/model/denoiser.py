@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from itertools import pairwise
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fluidscale.model.cached import cached
 from fluidscale.model.transformer import NORM_EPS, linear, zero_
 
 # MAR: 256 sinusoids with periods up to 10000 steps.
@@ -17,15 +17,23 @@ FREQUENCIES = 256
 MAX_PERIOD = 10000.0
 
 
-@functools.cache
+@cached
 def _frequencies(device: torch.device) -> Tensor:
     half = FREQUENCIES // 2
     steps = torch.arange(half, dtype=torch.float64, device="cpu")
     return torch.exp(-math.log(MAX_PERIOD) * steps / half).float().to(device)
 
 
+@cached
+def _unit_scales(num_blocks: int, width: int, device: torch.device) -> Tensor:
+    """1 in the columns of AdaLN's scales, 0 in those of shifts and gates."""
+    rows = torch.zeros(3 * num_blocks + 2, width, device="cpu")
+    rows[1::3] = 1
+    return rows.flatten().to(device)
+
+
 class DenoiserBlock(nn.Module):
-    """x + gate * MLP(LN(x) * (1 + scale) + shift)."""
+    """x + gate * MLP(LN(x) * scale + shift), the scale being 1 + a learned one."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -33,7 +41,7 @@ class DenoiserBlock(nn.Module):
         self.mlp = nn.Sequential(linear(width, width), nn.SiLU(), linear(width, width))
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.norm(x), 1 + scale)))
+        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.norm(x), scale)))
 
 
 class Denoiser(nn.Module):
@@ -63,7 +71,9 @@ class Denoiser(nn.Module):
 
     def modulate(self, y: Tensor) -> Tensor:
         """The AdaLN rows (..., (3 blocks + 2) width) of a condition plus a time embedding (..., width)."""
-        return self.adaln(F.silu(y))
+        # The 1 of every 1 + scale goes into the bias: once a column, not once an element.
+        bias = self.adaln.bias + _unit_scales(len(self.blocks), self.width, y.device)
+        return F.linear(F.silu(y), self.adaln.weight, bias)
 
     def denoise(self, x: Tensor, modulation: Tensor) -> Tensor:
         """The prediction (..., outputs), float32, for noisy tokens (..., channels)."""
@@ -72,7 +82,7 @@ class Denoiser(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, *rows[3 * i : 3 * i + 3])
         shift, scale = rows[-2:]
-        x = torch.addcmul(shift, F.layer_norm(x, (self.width,), eps=NORM_EPS), 1 + scale)
+        x = torch.addcmul(shift, F.layer_norm(x, (self.width,), eps=NORM_EPS), scale)
         return self.output(x).float()
 
     def forward(self, x: Tensor, times: Tensor, which: Tensor, z: Tensor) -> Tensor:

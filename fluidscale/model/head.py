@@ -150,7 +150,8 @@ class DiffusionHead(nn.Module):
             # Both branches denoise the same tokens; the learned variance is the conditional one's (MAR).
             cond, uncond = self.denoiser.denoise(torch.cat([x, x]), modulation).chunk(2)
             guided = guide(cond[:, : self.channels], uncond[:, : self.channels], guidance)
-            return torch.cat([guided, cond[:, self.channels :]], dim=-1)
+            rest = cond[:, self.channels :]
+            return torch.cat([guided, rest], dim=-1) if rest.shape[1] else guided
 
         return network
 

@@ -65,20 +65,19 @@ def respaced(num_steps: int) -> tuple[np.ndarray, np.ndarray]:
 def _ancestral(objective: Objective, num_steps: int, clamp: float) -> Solver:
     kept, betas = respaced(num_steps)
     chain = posterior(betas)
-    alpha, sigma = np.sqrt(chain.alpha_bar), np.sqrt(1 - chain.alpha_bar)
+    points = np.stack([np.sqrt(chain.alpha_bar), np.sqrt(1 - chain.alpha_bar)], axis=1)[::-1].tolist()
+    moments = np.stack([chain.clean, chain.noisy, chain.log_min, chain.log_max], axis=1)[::-1].tolist()
 
     def solve(network: StepNetwork, noise: Tensor, temperature: float) -> Tensor:
         x = noise[0]
-        for step in range(num_steps):
-            i = num_steps - 1 - step
+        for step, (point, (from_clean, from_noisy, log_min, log_max)) in enumerate(zip(points, moments, strict=True)):
             output = network(x, step)
-            clean = objective.to_clean(x, output, alpha[i], sigma[i]).clamp(-clamp, clamp)
-            mean = chain.clean[i] * clean + chain.noisy[i] * x
-            if i == 0:
+            mean = from_clean * _clean(objective, x, output, point, clamp) + from_noisy * x
+            if step == num_steps - 1:
                 return mean
             fraction = (output[..., x.shape[-1] :] + 1) / 2
-            log_variance = chain.log_min[i] + fraction * (chain.log_max[i] - chain.log_min[i])
-            x = mean + torch.exp(0.5 * log_variance) * noise[step + 1] * temperature
+            std = torch.exp(0.5 * (log_min + fraction * (log_max - log_min)))
+            x = mean + std * noise[step + 1] * temperature
         raise AssertionError("unreachable: there is at least one step")
 
     return Solver(torch.from_numpy(kept[::-1].astype(np.float64)), num_steps, solve)
@@ -102,7 +101,7 @@ def _ddim(objective: Objective, num_steps: int) -> Solver:
     def solve(network: StepNetwork, noise: Tensor, temperature: float) -> Tensor:
         x = noise[0] * (temperature * math.hypot(*points[0]))
         for step, (alpha, sigma) in enumerate(points[:-1]):
-            clean = objective.to_clean(x, network(x, step), alpha, sigma).clamp(-clamp, clamp)
+            clean = _clean(objective, x, network(x, step), (alpha, sigma), clamp)
             after, left = points[step + 1]
             x = (after - left / sigma * alpha) * clean + left / sigma * x
         return x
@@ -122,7 +121,7 @@ def _dpmpp_2m(objective: Objective, num_steps: int) -> Solver:
         x = noise[0] * (temperature * math.hypot(*points[0]))
         before = None
         for step, (alpha, sigma) in enumerate(points[:-1]):
-            clean = objective.to_clean(x, network(x, step), alpha, sigma).clamp(-clamp, clamp)
+            clean = _clean(objective, x, network(x, step), (alpha, sigma), clamp)
             if step == num_steps - 1:
                 return clean
             after, left = points[step + 1]
@@ -133,6 +132,11 @@ def _dpmpp_2m(objective: Objective, num_steps: int) -> Solver:
         raise AssertionError("unreachable: there is at least one step")
 
     return Solver(level.time, 1, solve)
+
+
+def _clean(objective: Objective, x: Tensor, output: Tensor, point: tuple[float, float], clamp: float) -> Tensor:
+    clean = objective.to_clean(x, output, *point)
+    return clean if math.isinf(clamp) else clean.clamp(-clamp, clamp)
 
 
 def _points(level: Level) -> list[tuple[float, float]]:
