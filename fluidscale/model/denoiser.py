@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 
@@ -9,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluidscale.model.cached import cached
 from fluidscale.model.transformer import NORM_EPS, linear, zero_
 
 # MAR: 256 sinusoids with periods up to 10000 steps.
@@ -17,14 +17,14 @@ FREQUENCIES = 256
 MAX_PERIOD = 10000.0
 
 
-@cached
+@functools.cache
 def _frequencies(device: torch.device) -> Tensor:
     half = FREQUENCIES // 2
     steps = torch.arange(half, dtype=torch.float64, device="cpu")
     return torch.exp(-math.log(MAX_PERIOD) * steps / half).float().to(device)
 
 
-@cached
+@functools.cache
 def _unit_scales(num_blocks: int, width: int, device: torch.device) -> Tensor:
     """1 in the columns of AdaLN's scales, 0 in those of shifts and gates."""
     rows = torch.zeros(3 * num_blocks + 2, width, device="cpu")

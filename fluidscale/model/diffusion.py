@@ -11,6 +11,7 @@ Tables and schedules are computed in float64 and rounded once.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluidscale.model.cached import cached
 from fluidscale.model.draws import normal
 
 # MAR: cosine schedule over 1000 steps; all networks see time in these units.
@@ -158,7 +158,7 @@ class Flow(_ContinuousTime):
         return x + alpha * output
 
 
-@cached
+@functools.cache
 def cosine_betas() -> np.ndarray:
     """MAR's betas (1000,): 1 - abar(t + 1) / abar(t), at most .999, with abar = cos^2((t + .008) / 1.008 pi / 2)."""
     edges = np.arange(TIME_STEPS + 1) / TIME_STEPS
@@ -197,7 +197,7 @@ def posterior(betas: np.ndarray) -> Posterior:
     )
 
 
-@cached
+@functools.cache
 def _eps_table(device: torch.device) -> Tensor:
     """(1000, 4) float32: sqrt(abar), sqrt(1 - abar), log_max - log_min, and the weight of a squared noise error."""
     chain = posterior(cosine_betas())

@@ -6,13 +6,13 @@ have no cross-attention: 12 d^2. That is the count which explains Fluid's report
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluidscale.model.cached import cached
 from fluidscale.model.order import View
 from fluidscale.spec import ModelSpec
 
@@ -249,7 +249,7 @@ class Trunk(nn.Module):
         return Cache(capacity, [LayerCache() for _ in self.blocks])
 
 
-@cached
+@functools.cache
 def rotary_table(grid: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines (grid * grid, head dim): half of the pairs turn with the row, half with the column."""
     pairs = head_dim // 4
