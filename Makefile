@@ -67,7 +67,7 @@ report: $(BASE)  ## draw the report of SWEEP again from its laws.json
 
 ui: $(TRAIN)  ## MLflow's pages of all runs, on this machine only (PORT=)
 	@test -f $(RUNS)/mlflow/mlflow.db || { echo "$(RUNS)/mlflow/mlflow.db: not there yet; start a sweep: make smoke" >&2; exit 2; }
-	@$(PY) -m mlflow ui --host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow/mlflow.db
+	@$(PY) -m mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow/mlflow.db
 
 test: $(DEV)  ## the tests; no GPU, no network, no apt
 	@$(TEST) -m "not cluster"

@@ -70,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InvalidInput as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:
         # The reader (head, less) has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -113,10 +115,7 @@ def _status(arguments: argparse.Namespace, console: Console) -> int:
             live.update(Group(status.as_table(states, planned.sweep.name), hint), refresh=True)
             if all(state.state in status.OVER for state in states):
                 return 0
-            try:
-                time.sleep(_WATCH_SECONDS)
-            except KeyboardInterrupt:
-                return 0
+            time.sleep(_WATCH_SECONDS)
 
 
 def _cancel(arguments: argparse.Namespace, console: Console) -> int:
@@ -212,20 +211,28 @@ def _conclude(planned: plan.Plan, runs_dir: Path, arguments: argparse.Namespace,
         code = 1
     else:
         _tell(collected, console)
-        out = collected.table.parent
-        fitted = subprocess.run([sys.executable, str(FIT_LAWS), str(collected.table), "--out", str(out)], check=False)
-        report = out / "report" / "index.html"
-        if fitted.returncode == 0 and report.exists():
-            console.print(f"report: {report}", highlight=False, soft_wrap=True)
-        else:
-            code = 1
-            print(f"the fit failed; the table is whole. Again: python {FIT_LAWS} {collected.table}", file=sys.stderr)
+        code = max(code, _fit(collected.table, console))
     for state in failed:
         log = runs_dir / state.planned.spec.id / "log.txt"
         print(f"{state.state}: {state.planned.spec.id}: {state.error} ({log})", file=sys.stderr)
     if failed:
         print("try failed runs again: --retry-failed (make: RETRY=1)", file=sys.stderr)
     return code
+
+
+def _fit(table: Path, console: Console) -> int:
+    """Fits the laws to the table, tells the verdicts and where the report is; 1 when the fit failed."""
+    command = [sys.executable, str(FIT_LAWS), str(table), "--out", str(table.parent)]
+    console.print("fitting the laws", highlight=False)
+    fitted = subprocess.run(command, check=False, capture_output=True, text=True)
+    if fitted.returncode:
+        print(fitted.stderr, end="", file=sys.stderr)
+        print(f"the fit failed; the table is whole. Again: {' '.join(command)}", file=sys.stderr)
+        return 1
+    for row in json.loads((table.parent / "laws.json").read_text())["verdicts"]:
+        console.print(f"{row['verdict']:13s} {row['claim']}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report: {table.parent / 'report' / 'index.html'}", highlight=False, soft_wrap=True)
+    return 0
 
 
 if __name__ == "__main__":

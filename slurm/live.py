@@ -93,6 +93,8 @@ class Bars:
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             console=console,
+            # Every redraw is time that a one-thread run on the same cores does not get.
+            refresh_per_second=2,
         )
         self._whole = self._progress.add_task("sweep", total=1.0, note="")
         self._tasks: dict[str, TaskID] = {}

@@ -11,11 +11,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from submitit.local.local import LocalExecutor, LocalJob
 
 from fluidscale.folder import RunFolder
@@ -121,17 +122,21 @@ class Workers:
 
     def stop(self, hard: bool = False) -> None:
         """Asks the workers of this launch, and those left over by dead launches of the sweep, to stop."""
-        number = signal.SIGKILL if hard else signal.SIGTERM
-        for path in layout.slots(self.runs_dir):
-            facts = claim.holder(path)
-            if facts and facts.get("sweep") == self.queue.sweep and self._ours(facts["launch"]):
-                send(facts["pid"], number)
+        for pid in self._pids():
+            send(pid, signal.SIGKILL if hard else signal.SIGTERM)
 
     def any_alive(self) -> bool:
-        self._bury()
+        return bool(self._pids())
+
+    def _pids(self) -> set[int]:
+        """By slot, and below submitit's controllers: a worker that starts, or hangs at its end, holds no slot."""
         slots = [claim.holder(path) for path in layout.slots(self.runs_dir)]
-        left = any(facts and facts.get("sweep") == self.queue.sweep and self._ours(facts["launch"]) for facts in slots)
-        return left or bool(self.jobs)
+        pids = {facts["pid"] for facts in slots if facts and facts.get("sweep") == self.queue.sweep
+                and self._ours(facts["launch"])}  # fmt: skip
+        for job in self.jobs.values():
+            with suppress(psutil.NoSuchProcess):
+                pids |= {child.pid for child in psutil.Process(int(job.job_id)).children()}
+        return pids
 
     def _ours(self, launch_id: str) -> bool:
         return launch_id == self.queue.launch_id or not claim.is_held(layout.launch(self.runs_dir, launch_id))
@@ -187,7 +192,7 @@ def supervise(
 def _wind_down(workers: Workers, stop: Stop) -> None:
     """Waits for stopped workers; kills what does not stop in time, or at once when asked a second time."""
     asked = stop.times
-    deadline = time.monotonic() + 2 * STOP_SECONDS
+    deadline = time.monotonic() + 1.5 * STOP_SECONDS
     while workers.any_alive():
         # Asked again and again: a worker that was just starting did not hear the first time.
         workers.stop(hard=stop.times > asked or time.monotonic() > deadline)

@@ -78,6 +78,7 @@ def _read(run: PlannedRun, run_dir: Path, trunk_held: bool) -> RunState:
         state = "queued"
     if state == "running" and not _alive(status, trunk_held):
         state = "lost"
+    trained = state == "done" or folder.weights.exists()
     if record:
         used = record["gpu_hours"] * 3600
     else:
@@ -86,7 +87,7 @@ def _read(run: PlannedRun, run_dir: Path, trunk_held: bool) -> RunState:
     return RunState(
         planned=run,
         state=state,
-        step=run.spec.train.steps if state == "done" else int(status.get("step", 0)),
+        step=run.spec.train.steps if trained else int(status.get("step", 0)),
         phase=str(status.get("phase", "")),
         images_per_s=status.get("images_per_s"),
         seconds_used=used,
