@@ -58,7 +58,7 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "vae": Recipe("continuous", {"widths": [32, 64, 128], "kl_weight": 1e-2}, 6000, 16, 5e-3),
+    "vae": Recipe("continuous", {"widths": [32, 64, 128], "kl_weight": 1e-3}, 6000, 16, 5e-3),
     "vq": Recipe("discrete", {"widths": [32, 64, 128], "code_width": 16, "warmup": 1500}, 6000, 16, 5e-3),
     "detector": Recipe("detector", {"shape": "pyramid", "widths": [24, 48, 64]}, 2500, 32, 3e-3),
     # Another architecture, other scenes, other initial weights: it shares only the task with the first.

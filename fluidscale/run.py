@@ -26,8 +26,6 @@ from fluidscale.record import Placement, read_json, row, write_atomic, write_jso
 from fluidscale.spec import InvalidInput, RunSpec, canonical, digest, from_dict, run_spec_from_json, to_json
 
 log = logging.getLogger("fluidscale.run")
-# What a tokenizer's card says of the best and the worst that any model of its tokens can score.
-REFERENCES = ("fd_floor", "fd_real_floor", "geneval_ceiling", "geneval_floor")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -74,7 +72,6 @@ def _compute(spec: RunSpec, folder: RunFolder, placement: Placement, should_stop
 
     from fluidscale.evaluate import Subject, evaluate
     from fluidscale.tokens.image import load_tokenizer
-    from fluidscale.tokens.shipped import card
     from fluidscale.train.module import Diverged
     from fluidscale.world import World
 
@@ -82,7 +79,7 @@ def _compute(spec: RunSpec, folder: RunFolder, placement: Placement, should_stop
     assert spec.data.world is not None
     world = World(spec.data.world)
     check_world(spec, world)
-    tokenizer, facts = load_tokenizer(spec.tokenizer_sha256), card(spec.tokenizer_sha256)
+    tokenizer = load_tokenizer(spec.tokenizer_sha256)
     status = "done"
     seconds, tokens_per_s = 0.0, None
     try:
@@ -107,7 +104,7 @@ def _compute(spec: RunSpec, folder: RunFolder, placement: Placement, should_stop
         "status": status,
         "git_rev": _git_rev(),
         "versions": _versions(),
-        **{name: facts[name] for name in REFERENCES if name in facts},
+        **tokenizer.references,
     }
     record = row(spec, folder.path, outcome)
     write_json(folder.path / "record.json", record)
