@@ -123,7 +123,7 @@ class Mirror:
 
 
 def _lines_since(folder: RunFolder, when: float) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl written after `when`: a step repeated after a restart is sent again, the later one counts."""
+    """Lines of metrics.jsonl written after `when`: of a step repeated after a restart the later counts."""
     lines = []
     for text in folder.metrics.read_text().splitlines() if folder.metrics.exists() else ():
         try:
