@@ -33,9 +33,6 @@ class Candidate:
     price: float
     own_share: float
 
-    def place(self, axes: Sequence[str]) -> dict[str, float]:
-        return {axis: {"n": self.n, "d": self.d, "c": self.c}[axis] for axis in axes}
-
 
 @dataclass(frozen=True)
 class Goal:
@@ -61,11 +58,15 @@ class Advice:
 
 @dataclass
 class _Side:
-    """One arm's part of the goal over S draws: information (S, p, p), goal (S, p), candidates (S, K, p)."""
+    """One arm's part of the goal over S draws: information (S, p, p), goal (S, p), kinds of candidates (S, K, p).
+
+    Candidates at one place are one kind: they carry the same information, whatever their seed.
+    """
 
     information: Array
     goal: Array
     vectors: Array
+    kind: np.ndarray
     sigma: float
     dof: float
 
@@ -115,8 +116,12 @@ def _side(fit: Fit, goal: Goal, candidates: Sequence[Candidate], rng: np.random.
     rows = _log_gradient(fit, thetas, present)
     information = rows.transpose(0, 2, 1) @ rows
     information += 1e-12 * np.trace(information, axis1=1, axis2=2)[:, None, None] * np.eye(information.shape[1])
-    vectors = _log_gradient(fit, thetas, [c.place(fit.law.axes) for c in candidates])
+    places, kind = np.unique([(c.n, c.d, c.c) for c in candidates], axis=0, return_inverse=True)
     mine = np.array([c.arm == fit.points.name for c in candidates])
+    # a run of another arm is of the last kind, which tells nothing
+    kind = np.where(mine, kind.ravel(), len(places))
+    vectors = _log_gradient(fit, thetas, [dict(zip(("n", "d", "c"), p, strict=True)) for p in places.tolist()])
+    vectors = np.concatenate([vectors, np.zeros_like(vectors[:, :1])], axis=1)
     if goal.kind == "exponent":
         index = [p for p, held in zip(fit.law.parameters, fit.frozen, strict=True) if not held].index(goal.parameter)
         wanted = np.zeros((len(thetas), information.shape[1]))
@@ -125,7 +130,7 @@ def _side(fit: Fit, goal: Goal, candidates: Sequence[Candidate], rng: np.random.
         assert goal.place is not None
         wanted = _log_gradient(fit, thetas, [goal.place])[:, 0]
     sigma = float(np.sqrt(fit.within[0] + fit.between[0]))
-    return _Side(information, wanted, vectors * mine[None, :, None], sigma, fit.within[1])
+    return _Side(information, wanted, vectors, kind, sigma, fit.within[1])
 
 
 def _half_widths(sides: Sequence[_Side], extra: int, level: float) -> Array:
@@ -146,19 +151,19 @@ def _after_each(sides: Sequence[_Side], extra: int, level: float) -> Array:
         toward, spread = solved[:, :, 0], solved[:, :, 1:]
         base = np.einsum("sp,sp->s", s.goal, toward)
         gain = np.einsum("sp,spk->sk", s.goal, spread) ** 2 / (1 + np.einsum("skp,spk->sk", s.vectors, spread))
-        variance = variance + s.sigma**2 * np.maximum(base[:, None] - gain, 1e-300)
+        variance = variance + s.sigma**2 * np.maximum(base[:, None] - gain, 1e-300)[:, s.kind]
     dof = sum(s.dof for s in sides) + extra + 1
     return np.log(stats.t.ppf(0.5 + level / 2, dof) * np.sqrt(variance)).mean(0)
 
 
 def _add(sides: Sequence[_Side], index: int) -> None:
     for s in sides:
-        v = s.vectors[:, index]
+        v = s.vectors[:, s.kind[index]]
         s.information = s.information + v[:, :, None] * v[:, None, :]
 
 
 def _copies(sides: Sequence[_Side]) -> list[_Side]:
-    return [_Side(s.information.copy(), s.goal, s.vectors, s.sigma, s.dof) for s in sides]
+    return [_Side(s.information.copy(), s.goal, s.vectors, s.kind, s.sigma, s.dof) for s in sides]
 
 
 def _greedy(

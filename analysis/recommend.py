@@ -97,8 +97,8 @@ def _place(fit: Fit, compute: float | None) -> dict[str, float]:
     split = allocation(fit, 0.95)
     if split is None:
         return {"n": float(fit.points.n[top] * c / fit.points.c[top])}
-    logs = [np.log([b[k] for b in split["budgets"]]) for k in ("c", "n")]
-    n = float(np.exp(np.interp(np.log(c), *logs)))
+    log_c, log_n = (np.log([b[k] for b in split["budgets"]]) for k in ("c", "n"))
+    n = float(np.exp(np.interp(np.log(c), log_c, log_n)))
     # an optimum far outside the ladder is an artefact of a badly known exponent
     n = float(np.clip(n, fit.points.n.min(), fit.points.n.max() * 10))
     k, p = cost_law(fit)

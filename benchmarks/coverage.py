@@ -87,8 +87,8 @@ def main() -> None:
 
 `python benchmarks/coverage.py --replicates {args.replicates}`: Chinchilla's law (alpha .34, beta .28), 1e8 to 1e10
 parameters, 2 or 4 ratios D/N a size; Gauss-Newton t intervals as shipped (unweighted Jacobian, Huber's efficiency
-corrected). L is asked at 10 x the largest compute. With one trunk a size, all rows of a size share an error as large as a run's own. The
-standard error of a coverage of .95 is {(0.95 * 0.05 / args.replicates) ** 0.5:.3f}.
+corrected). L is asked at 10 x the largest compute. With one trunk a size, all rows of a size share an error as
+large as a run's own. The standard error of a coverage of .95 is {(0.95 * 0.05 / args.replicates) ** 0.5:.3f}.
 
 | sizes x ratios | noise | objective | rows | {head} | half-width of alpha |
 |---|---|---|---|{"---|" * (len(WHAT) + 1)}

@@ -1,0 +1,196 @@
+"""Hostile tables: a right answer, or one clear line with a code."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.fit_laws import main
+from analysis.points import select
+from analysis.simulate import chinchilla_points, grid, ladder
+from analysis.study import Choice, study
+from analysis.table import InvalidTable, Table, load, prepare
+
+OPTIONS = ["--n", "n", "--d", "d", "--metric", "loss", "--law", "chinchilla", "--no-report"]
+
+
+def frame(noise: float = 0.003) -> pd.DataFrame:
+    p = chinchilla_points(*grid(6, 4), noise, np.random.default_rng(0))
+    return pd.DataFrame({"n": p.n, "d": p.d, "loss": p.y})
+
+
+def alpha_of(table: pd.DataFrame, tmp_path: Path, *extra: str, name: str = "points.csv") -> float:
+    path = tmp_path / name
+    table.to_csv(path, index=False)
+    assert main([str(path), *OPTIONS, *extra]) == 0
+    return json.loads((tmp_path / "laws.json").read_text())["fits"][0]["params"]["alpha"]
+
+
+def refused(table: pd.DataFrame | str | bytes, tmp_path: Path, capsys: pytest.CaptureFixture, *options: str) -> str:
+    """The command ends with code 2 and one line on stderr; returns its code."""
+    path = tmp_path / "points.csv"
+    if isinstance(table, pd.DataFrame):
+        table.to_csv(path, index=False)
+    else:
+        path.write_bytes(table if isinstance(table, bytes) else table.encode())
+    assert main([str(path), *(options or OPTIONS)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fit_laws: [")
+    return lines[0].split("[")[1].split("]")[0]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> float:
+    return alpha_of(frame(), tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.parametrize("what", ["shuffled", "50 extra columns", "N in millions", "spaces", "exact duplicates"])
+def test_harmless_oddities_change_nothing(what: str, tmp_path: Path, expected: float) -> None:
+    table = frame()
+    if what == "shuffled":
+        table = table.sample(frac=1, random_state=1)
+    elif what == "50 extra columns":
+        table = table.assign(**{f"x{i}": "a, b" for i in range(50)})
+    elif what == "N in millions":
+        table["n"] /= 1e6
+    elif what == "spaces":
+        table["loss"] = [f" {v!r} " for v in table["loss"]]
+    else:
+        table = pd.concat([table, table.head(3)])
+    # the optimum does not depend on the order of rows beyond the solver's own tolerance
+    assert alpha_of(table, tmp_path) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8"])
+def test_byte_order_mark(encoding: str, tmp_path: Path, expected: float) -> None:
+    (tmp_path / "bom.csv").write_text(frame().to_csv(index=False), encoding=encoding)
+    assert main([str(tmp_path / "bom.csv"), *OPTIONS]) == 0
+    assert json.loads((tmp_path / "laws.json").read_text())["fits"][0]["params"]["alpha"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_other_formats(suffix: str, tmp_path: Path, expected: float) -> None:
+    path = tmp_path / f"points.{suffix}"
+    if suffix == "parquet":
+        frame().to_parquet(path)
+    else:
+        frame().to_json(path, orient="records", lines=True, double_precision=15)
+    assert main([str(path), *OPTIONS]) == 0
+    assert json.loads((tmp_path / "laws.json").read_text())["fits"][0]["params"]["alpha"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("cell, reason", [("nan", "NOT_A_NUMBER"), ("inf", "NOT_A_NUMBER"), ("n/a", "NOT_A_NUMBER"),
+                                          ("0", "OUT_OF_RANGE"), ("-1.5", "OUT_OF_RANGE")])  # fmt: skip
+def test_bad_cells_are_left_out_by_name(cell: str, reason: str, tmp_path: Path) -> None:
+    table = frame().astype(object)
+    table.loc[4, "loss"] = cell
+    table.loc[7, "d"] = "-3"
+    alpha_of(table, tmp_path)
+    doc = json.loads((tmp_path / "laws.json").read_text())
+    assert {(e["row"], e["code"]) for e in doc["table"]["excluded"]} == {(4, reason), (7, "NON_POSITIVE")}
+    assert doc["fits"][0]["n_runs"] == 22
+
+
+def test_a_blank_is_not_measured_and_never_filled(tmp_path: Path) -> None:
+    table = frame().astype(object)
+    table.loc[[2, 3], "loss"] = ""
+    alpha_of(table, tmp_path)
+    doc = json.loads((tmp_path / "laws.json").read_text())
+    assert doc["table"]["not_measured"] == {"loss in all": 2} and doc["fits"][0]["n_runs"] == 22
+
+
+def test_read_only_and_nullable_columns() -> None:
+    table = frame()
+    for name in table:
+        table[name].to_numpy().flags.writeable = False
+    before = table.copy(deep=True)
+    nullable = table.astype("Float64")
+    nullable.loc[5, "loss"] = pd.NA
+    for given, count in ((table, 24), (nullable, 23)):
+        prepared = prepare(given, "", "frame", n="n", d="d")
+        points, _ = select(prepared, {}, prepared.frame, "loss")
+        assert len(points) == count
+    pd.testing.assert_frame_equal(table, before)
+
+
+def test_unusable_tables_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    table = frame()
+    assert refused("", tmp_path, capsys) == "EMPTY_TABLE"
+    assert refused("n,d,loss\n", tmp_path, capsys) == "NO_ROWS"
+    assert refused(table.head(1), tmp_path, capsys) == "TOO_FEW_SIZES"
+    assert refused(table.assign(d=20 * table["n"]), tmp_path, capsys) == "COLLINEAR_LADDER"
+    assert refused(table.drop(columns="d"), tmp_path, capsys) == "MISSING_COLUMN"
+    assert refused(table.drop(columns="loss"), tmp_path, capsys) == "MISSING_COLUMN"
+    assert refused(table.assign(n="many"), tmp_path, capsys) == "NO_USABLE_ROWS"
+    assert refused(table.assign(loss=0.0), tmp_path, capsys) == "OUT_OF_RANGE"
+    assert refused(b"\xff\xfe\x00n,d", tmp_path, capsys) == "UNREADABLE_TABLE"
+    assert refused(table, tmp_path, capsys, "--n", "n", "--metric", "loss", "--predict", "size=3") == "BAD_PLACE"
+    assert refused(table, tmp_path, capsys, "--n", "n", "--metric", "loss", "--level", "95") == "BAD_LEVEL"
+    units = table.assign(loss_unit=["nats", "bits"] * 12)
+    assert refused(units, tmp_path, capsys) == "MIXED_UNITS"
+    assert refused(table.assign(loss_protocol=["a", "b"] * 12), tmp_path, capsys) == "MIXED_PROTOCOLS"
+    clash = pd.concat([table, table.head(1).assign(loss=9.9)]).assign(seed=0)
+    assert refused(clash, tmp_path, capsys) == "CONTRADICTING_DUPLICATES"
+    assert main([str(tmp_path / "nowhere.csv")]) == 2
+    assert "[NO_TABLE]" in capsys.readouterr().err
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    frame().to_csv(tmp_path / "points.csv", index=False)
+    assert main([str(tmp_path / "points.csv"), *OPTIONS, "--out", str(tmp_path / "file" / "x")]) == 2
+    assert capsys.readouterr().err.startswith("fit_laws: [UNWRITABLE]")
+
+
+def test_units_of_unlike_groups_may_differ() -> None:
+    p = frame()
+    both = pd.concat([p.assign(family="a", loss_unit="nats"), p.assign(family="b", loss_unit="bits")])
+    table = prepare(both, "", "frame", n="n", d="d", group=("family",))
+    assert len(study(table, Choice(metrics=("loss",), laws=("chinchilla",))).fits) == 2
+
+
+def unfinished(own: pd.DataFrame) -> Table:
+    own.loc[0, "status"] = "diverged"
+    own.loc[1, "lr_decay_complete"] = False
+    own.loc[2, "train_flops"] = 0.0
+    return prepare(own, "", "frame")
+
+
+def test_unfinished_runs_are_excluded_by_name() -> None:
+    table = unfinished(ladder())
+    assert [(e["row"], e["code"]) for e in table.excluded] == [(2, "NON_POSITIVE"), (0, "NOT_FINISHED"), (1, "UNFINISHED_DECAY")]
+    assert len(table.frame) == 57
+
+
+def test_a_folder_of_runs_is_a_table(tmp_path: Path) -> None:
+    rows = ladder().replace("", np.nan)
+    for _, row in rows.iterrows():
+        folder = tmp_path / row["run_id"]
+        folder.mkdir()
+        (folder / "record.json").write_text(row.dropna().to_json())
+    (tmp_path / "unfinished").mkdir()
+    table = load(tmp_path)
+    assert table.n_rows == 60 and table.metrics()[0] == "val_loss" and len(table.groups()) == 4
+    (tmp_path / rows["run_id"][0] / "record.json").write_text("{")
+    with pytest.raises(InvalidTable, match="UNREADABLE_TABLE"):
+        load(tmp_path)
+
+
+def test_lighter_evaluation_below_the_largest_data_size_is_no_mixture() -> None:
+    own = ladder()
+    small = own["images"] < 96_000
+    own.loc[small, ["geneval", "geneval_se", "geneval_n", "geneval_unit"]] = [0.3, 0.05, 100, "share correct"]
+    own.loc[small, "geneval_protocol"] = "icon-world-v1, 1 image a prompt"
+    result = study(prepare(own, "", "frame"), Choice(metrics=("geneval",)))
+    assert len(result.fits) == 8 and all(f.points.protocol == "icon-world-v1" for f in result.fits)
+
+
+def test_a_ladder_too_short_for_a_law_is_still_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A smoke sweep of two sizes must not fail; it says that nothing was fitted."""
+    own = ladder(sizes={"46K": 46_000, "96K": 96_000}, images=(24_000, 48_000))
+    own.to_csv(tmp_path / "runs.csv", index=False)
+    assert main([str(tmp_path / "runs.csv"), "--no-report"]) == 0
+    doc = json.loads((tmp_path / "laws.json").read_text())
+    assert doc["fits"] == [] and {r["code"] for r in doc["refused"]} >= {"TOO_FEW_SIZES"}
