@@ -98,7 +98,7 @@ clean:  ## remove what make made; asks before runs and results
 # Set-up. A statistician's base has no torch; each larger one holds the smaller ones.
 define install
 	@echo "setting up $(VENV) for $(1): about $(2), once"
-	@$(PY) -m pip install -q -c constraints.txt $(3)
+	@$(PY) -m pip install -qq -c constraints.txt $(3)
 endef
 
 $(PY):
