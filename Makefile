@@ -96,6 +96,8 @@ clean:  ## remove what make made; asks before runs and results
 	done
 
 # Set-up. A statistician's base has no torch; each larger one holds the smaller ones.
+TRAIN_SET := -e '.[train]'
+DEV_SET := -e '.[train,dev]'
 define install
 	@echo "setting up $(VENV) for $(1): about $(2), once"
 	@$(PY) -m pip install -qq -c constraints.txt $(3)
@@ -117,9 +119,9 @@ $(BASE): pyproject.toml constraints.txt | $(PY)
 	@touch $@
 
 $(TRAIN): pyproject.toml constraints.txt | $(PY)
-	$(call install,training,3 minutes,-e '.[train]')
+	$(call install,training,3 minutes,$(TRAIN_SET))
 	@touch $(BASE) $@
 
 $(DEV): pyproject.toml constraints.txt | $(PY)
-	$(call install,development,4 minutes,-e '.[train,dev]')
+	$(call install,development,4 minutes,$(DEV_SET))
 	@touch $(BASE) $(TRAIN) $@
