@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -74,6 +75,16 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def now() -> str:
     """UTC, to the second."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def git_revision() -> str:
+    """The code's revision, with a + where the tree has changes; a copy of the code is told its own by the launcher."""
+    if "FLUIDSCALE_GIT_REV" in os.environ:
+        return os.environ["FLUIDSCALE_GIT_REV"]
+    here = str(Path(__file__).resolve().parent)
+    command = ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=10"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
 def planned(spec: RunSpec) -> dict[str, Any]:

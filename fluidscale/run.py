@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import os
-import subprocess
 import sys
 import time
 import traceback
@@ -22,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from fluidscale.folder import RunFolder, trunk_checkpoint, trunk_folder
-from fluidscale.record import Placement, read_json, row, write_atomic, write_json
+from fluidscale.record import Placement, git_revision, read_json, row, write_atomic, write_json
 from fluidscale.spec import InvalidInput, RunSpec, canonical, digest, from_dict, run_spec_from_json, to_json
 
 log = logging.getLogger("fluidscale.run")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(
@@ -102,7 +99,7 @@ def _compute(spec: RunSpec, folder: RunFolder, placement: Placement, should_stop
         "tokens_per_s": tokens_per_s,
         "mfu": _mfu(spec, tokens_per_s, placement),
         "status": status,
-        "git_rev": _git_rev(),
+        "git_rev": git_revision(),
         "versions": _versions(),
         **tokenizer.references,
     }
@@ -151,6 +148,7 @@ def _train(
 ) -> None:
     import lightning.pytorch as pl
     import torch
+    from lightning.fabric.plugins.environments import LightningEnvironment
     from safetensors.torch import save
 
     from fluidscale.model.build import build
@@ -183,7 +181,8 @@ def _train(
         **options,
         max_steps=spec.train.steps,
         callbacks=[ema, monitor, Checkpoints(spec, folder, trunk, placement, should_stop)],
-        plugins=[AtomicCheckpointIO()],
+        # Found inside a SLURM job, Lightning would requeue it and resume by itself: both have their owner already.
+        plugins=[AtomicCheckpointIO(), LightningEnvironment()],
     )
     if start < spec.train.steps:
         trainer.fit(module, train_dataloaders=Batches(spec, shards, start), ckpt_path=path, weights_only=True)
@@ -259,15 +258,6 @@ def _mfu(spec: RunSpec, tokens_per_s: float | None, placement: Placement) -> flo
     from fluidscale.flops import train_flops
 
     return train_flops(spec) / (spec.images * spec.model.num_tokens) * tokens_per_s / placement.peak_flops
-
-
-def _git_rev() -> str:
-    """The code's revision, with a + where the tree has changes; the launcher's snapshot passes its own."""
-    if "FLUIDSCALE_GIT_REV" in os.environ:
-        return os.environ["FLUIDSCALE_GIT_REV"]
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=10"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
 def _versions() -> str:

@@ -30,7 +30,7 @@ from rich.text import Text
 from fluidscale.folder import RunFolder
 from fluidscale.spec import InvalidInput
 from fluidscale.sweep import load_sweep
-from slurm import claim, collect, layout, plan, status
+from slurm import claim, collect, layout, plan, scheduler, status
 from slurm.live import Bars, PlainLines
 from slurm.mirror import Mirror
 from slurm.placement import CLUSTERS, choose
@@ -99,18 +99,23 @@ def _plan(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _states(planned: plan.Plan, runs_dir: Path) -> list[status.RunState]:
+    """Where every run stands by its files and, where tasks were submitted to SLURM, by its queue."""
+    return scheduler.reconcile(status.read_states(planned, runs_dir), runs_dir)
+
+
 def _status(arguments: argparse.Namespace, console: Console) -> int:
     planned = _load(arguments)
     if arguments.json:
-        states = status.read_states(planned, arguments.runs)
+        states = _states(planned, arguments.runs)
         print(json.dumps({"runs": status.as_rows(states, plan.as_rows(planned))}, indent=1))
         return 0
     if not arguments.watch:
-        console.print(status.as_table(status.read_states(planned, arguments.runs), planned.sweep.name))
+        console.print(status.as_table(_states(planned, arguments.runs), planned.sweep.name))
         return 0
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            states = status.read_states(planned, arguments.runs)
+            states = _states(planned, arguments.runs)
             hint = Text("Ctrl-C ends the watching, not the runs", style="dim")
             live.update(Group(status.as_table(states, planned.sweep.name), hint), refresh=True)
             if all(state.state in status.OVER for state in states):
@@ -122,14 +127,14 @@ def _cancel(arguments: argparse.Namespace, console: Console) -> int:
     from slurm.local import cancel
 
     name = load_sweep(arguments.sweep).name
-    stopped = cancel(arguments.runs, name)
-    console.print(f"{name}: {stopped} processes stopped" if stopped else f"{name}: nothing was running here")
+    stopped = cancel(arguments.runs, name) + scheduler.cancel(arguments.runs, name)
+    console.print(f"{name}: {stopped} processes and tasks stopped" if stopped else f"{name}: nothing of it was running")
     return 0
 
 
 def _collect(arguments: argparse.Namespace, console: Console) -> int:
     planned = _load(arguments)
-    states = status.read_states(planned, arguments.runs)
+    states = _states(planned, arguments.runs)
     collected = collect.collect(planned.sweep, states, arguments.runs, arguments.results)
     for run_id, reason in collected.missing:
         console.print(f"not in the table: {run_id} ({reason})", highlight=False, markup=False, soft_wrap=True)
@@ -170,14 +175,22 @@ def _train(planned: plan.Plan, runs_dir: Path, arguments: argparse.Namespace, co
         if arguments.cluster != "local":
             from slurm.array import submit
 
-            jobs = submit(queue, list(queue.trunks), planned.machine.profile, arguments.cluster)
+            tasks = submit(planned, queue, arguments.cluster)
             if arguments.cluster == "debug":
                 return None
-            console.print(f"submitted {len(jobs)} tasks: {jobs[0]} .. {jobs[-1]}; make status SWEEP={arguments.sweep}")
+            console.print(_submitted(tasks, arguments.sweep), highlight=False, soft_wrap=True)
             return 0
         return _supervise(planned, local.Workers(planned.machine, queue), console)
     finally:
         held.release()
+
+
+def _submitted(tasks: Sequence[str], sweep: str) -> str:
+    """What a submission did, and how to watch it."""
+    watch = f"watch: make status SWEEP={sweep} CLUSTER=slurm; the table when they are done: make collect"
+    if not tasks:
+        return f"nothing to submit: every unfinished run is in the queue already; {watch}"
+    return f"submitted {len(tasks)} tasks: {tasks[0]} .. {tasks[-1]}; {watch}"
 
 
 def _supervise(planned: plan.Plan, workers: Workers, console: Console) -> int | None:
@@ -201,7 +214,7 @@ def _supervise(planned: plan.Plan, workers: Workers, console: Console) -> int | 
 
 def _conclude(planned: plan.Plan, runs_dir: Path, arguments: argparse.Namespace, console: Console) -> int:
     """Collects, fits and reports; 1 when a run failed or the fit did."""
-    states = status.read_states(planned, runs_dir)
+    states = _states(planned, runs_dir)
     failed = [state for state in states if state.state not in status.FINISHED]
     code = 1 if failed else 0
     try:

@@ -39,5 +39,20 @@ def mirror(runs_dir: Path) -> Path:
     return scheduler_dir(runs_dir) / "mirror.lock"
 
 
+def submitting(runs_dir: Path) -> Path:
+    """Held by the launch that is adding to SLURM's queue."""
+    return scheduler_dir(runs_dir) / "submitting.lock"
+
+
+def submissions(runs_dir: Path) -> Path:
+    """Which trunks the tasks of each submitted array have."""
+    return scheduler_dir(runs_dir) / "submissions"
+
+
+def snapshots(runs_dir: Path) -> Path:
+    """Code as it was when it was submitted."""
+    return scheduler_dir(runs_dir) / "code"
+
+
 def worker_logs(runs_dir: Path) -> Path:
     return scheduler_dir(runs_dir) / "workers"

@@ -9,8 +9,9 @@ import os
 import platform
 import shutil
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fluidscale.record import Placement
 from fluidscale.spec import InvalidInput, RunSpec, from_dict, unknown_key
@@ -41,6 +42,15 @@ class Profile:
     constraint: str = ""
     minutes: int = 1440
     parallel: int = 64
+    trunks_per_task: int = 1
+    restarts: int = 100
+    # Per size, the keys that differ for it.
+    sizes: dict[str, dict[str, Any]] | None = None
+
+    def of(self, size: str) -> Profile:
+        """This profile with what it says of one size."""
+        keys = {**asdict(self), **(self.sizes or {}).get(size, {}), "sizes": None}
+        return from_dict(Profile, keys, f"{self.name}: sizes: {size}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,12 @@ def load_profile(name: str, resources: Path | None = None) -> Profile:
         rows[own] = {**rows.get(own, {}), **keys}
     if name not in rows:
         raise InvalidInput(unknown_key(name, rows, f"--profile: {where}"))
-    return from_dict(Profile, {"name": name, **rows[name]}, f"{where}: {name}")
+    profile = from_dict(Profile, {"name": name, **rows[name]}, f"{where}: {name}")
+    for size, keys in (profile.sizes or {}).items():
+        if not isinstance(keys, dict):
+            raise InvalidInput(f"{where}: {name}: sizes: {size}: expected the keys that differ for this size")
+        profile.of(size)
+    return profile
 
 
 def choose(cluster: str, name: str | None, resources: Path | None = None) -> Machine:

@@ -74,8 +74,9 @@ def make_plan(sweep: Sweep, machine: Machine) -> Plan:
         branches = tuple(sorted({spec.train.branch_step for spec in group}))
         reached = 0
         for spec in group:
-            placement = place(spec, machine.profile, branches)
-            runs.append(PlannedRun(spec, placement, cost(spec, reached, machine.profile), f"{sweep.name}[{number}]"))
+            profile = machine.profile.of(spec.size)
+            placement = place(spec, profile, branches)
+            runs.append(PlannedRun(spec, placement, cost(spec, reached, profile), f"{sweep.name}[{number}]"))
             reached = max(reached, spec.train.branch_step)
     return Plan(sweep, machine, tuple(runs))
 

@@ -115,7 +115,7 @@ class MiniSlurm:
         self.root = root
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         names = ("ctld", "dbd", "sql", *(f"node{i}" for i in range(NODES)))
-        self._ports = dict(zip(names, _free_ports(len(names)), strict=True))
+        self._ports = dict(zip(names, free_ports(len(names)), strict=True))
         path = f"{os.environ['PATH']}:{_SBIN}"
         self.environment = {**os.environ, "PATH": path, "SLURM_CONF": str(root / "etc" / "slurm.conf")}
 
@@ -270,7 +270,7 @@ def cluster(root: Path) -> Iterator[MiniSlurm]:
         slurm.down()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on at this moment."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
