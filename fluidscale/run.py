@@ -191,9 +191,19 @@ def _train(
     write_json(folder.checkpoints / "cost.json", cost)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.model.state_dict().items()}
     write_atomic(folder.weights, save(state))
+    # The averaged weights are kept; the optimiser's state is of use to the trunk only, which keeps its own.
     for checkpoint in own:
-        # The averaged weights are kept; the optimiser's state is of use to the trunk only, which keeps its own.
         checkpoint.unlink(missing_ok=True)
+    if spec.train.branch_step == branches[-1]:
+        prune_trunk(trunk)
+
+
+def prune_trunk(trunk: Path) -> None:
+    """Keeps a trunk's newest checkpoint, from which a longer run can go on; called by the longest of its runs."""
+    *older, _ = sorted(trunk.glob("step-*.ckpt")) or [None]
+    for checkpoint in older:
+        checkpoint.unlink(missing_ok=True)
+        checkpoint.with_suffix(".jsonl").unlink(missing_ok=True)
 
 
 def load_weights(spec: RunSpec, folder: RunFolder) -> Any:

@@ -276,6 +276,7 @@ def check(spec: RunSpec, where: str) -> None:
             f"{train.steps} steps cannot hold {train.warmup_steps} of warm-up and {train.decay_steps} of decay; "
             "raise `images` or lower train.warmup_steps",
         ),
+        (spec.data.world is None, "data.world is missing: name a row of sweeps/worlds.yaml"),
         (train.lr <= 0 or train.batch <= 0, "train.lr and train.batch must be positive"),
         (
             not train.batch <= spec.data.images_unique,

@@ -56,6 +56,9 @@ def test_siblings_share_a_trunk_and_end_as_straight_runs(tmp_path, tiny_spec):
         assert alone["trunk_id"] == specs[0].trunk_id
     log = (tmp_path / "shared" / specs[2].id / "log.txt").read_text()
     assert f"training from step {branches[1]} of 96" in log
+    # The longest run leaves the newest checkpoint, from which a still longer one can go on.
+    left = sorted(path.name for path in trunk_folder(tmp_path / "shared", specs[0].trunk_id).iterdir())
+    assert left == [f"step-{branches[2]:08d}.ckpt", f"step-{branches[2]:08d}.jsonl"]
 
 
 def test_a_corrupt_newest_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path, tiny_spec):
