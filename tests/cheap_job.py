@@ -36,7 +36,7 @@ seeds: [0, 1]
 images: [256, 512]
 defaults:
   text_encoder: words
-  data: {name: none, images_unique: 256}
+  data: {name: icons32, world: icons32, images_unique: 256}
   model: {aligner_depth: 1, text_vocab_size: 32, text_width: 32, text_length: 7}
   train: {lr: 1.0e-3, batch: 64, warmup_steps: 1, decay_fraction: 0.25, weight_decay: 0.02, beta1: 0.9, beta2: 0.95,
           grad_clip: 1.0, ema_decay: 0.99, text_drop: 0.1}
