@@ -137,8 +137,10 @@ def _submit_array(queue: Queue, packs: Sequence[Sequence[str]], profile: Profile
 
 def _setup(runs_dir: Path, profile: Profile) -> list[str]:
     """What a job's shell does first: the code is that of the submission, and threads are the placement's."""
+    code = shlex.quote(str(snapshot(runs_dir)))
     return [
-        f"export PYTHONPATH={shlex.quote(str(snapshot(runs_dir)))}",
+        # Python looks in the working directory first, which was the place of the launch.
+        f"cd {code} && export PYTHONPATH={code}",
         f"export FLUIDSCALE_GIT_REV={shlex.quote(git_revision())}",
         f"export OMP_NUM_THREADS={profile.threads}",
     ]

@@ -25,7 +25,7 @@ from pathlib import Path
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "mariadb-install-db", "setpriv")
 NODES, CPUS = 4, 1
 # Until a service of a heavily loaded machine is up; nothing here sleeps this long on a free one.
-PATIENCE = 180.0
+PATIENCE = 600.0
 _SBIN = "/usr/sbin:/sbin"
 
 _CONF = """
@@ -280,6 +280,8 @@ def free_ports(count: int) -> list[int]:
 
 
 if __name__ == "__main__":
+    # A shell's background jobs do not hear Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with cluster(Path(sys.argv[1]).resolve()) as running, contextlib.suppress(KeyboardInterrupt):
         print(f"export SLURM_CONF={running.environment['SLURM_CONF']} PATH=$PATH:{_SBIN}", flush=True)
         signal.pause()
