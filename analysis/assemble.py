@@ -109,6 +109,11 @@ def _doubling(points: Points, level: float) -> dict[str, Any] | None:
     return {"group": dict(points.group), "metric": points.metric, "kind": points.kind, "change": change}
 
 
+def _run_ids(result: Study) -> dict[int, str]:
+    frame = result.table.frame
+    return dict(zip(frame["_row"].tolist(), frame["run_id"].astype(str), strict=True)) if "run_id" in frame else {}
+
+
 def _attach_rollouts(doc: dict[str, Any], fits: Sequence[Fit], rollouts: dict) -> None:
     for shown, f in zip(doc["fits"], fits, strict=True):
         if len(f.law.axes) == 1 and f.law.axes != ("n",):
@@ -144,6 +149,7 @@ def assemble(result: Study, predictions: Path | None, runs: Path, planned: Seque
         "verdicts": verdicts(result.points, result.fits, choice.level),
         "learning_curves": learning_curves(result.table.frame, runs, result.table.columns.group),
         "recommended_runs": [],
+        "runs": {"ids": _run_ids(result), "folder": ""},
     }
     if predictions is not None:
         entries = [e for p in headline for e in _registered(p, choice, planned)]

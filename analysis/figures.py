@@ -119,12 +119,28 @@ def _held_out(ax: Axes, doc: Document, fits: list[Document], axis: str) -> None:
                         linestyle="none", zorder=4)  # fmt: skip
 
 
+def _ceilings(ax: Axes, doc: Document, metric: str, axis: str, names: set[str]) -> None:
+    """Beyond the data: the law under the lowest and the highest ceiling, whose spread no fit can narrow."""
+    if axis != "c":
+        return
+    for name in names:
+        mine = [c for c in doc["ceilings"] if c["metric"] == metric and name_of(c["group"]) == name]
+        if len(mine) < 2:
+            continue
+        x, last = _array(mine[0]["x"]), max(v for m in measured(doc, metric) for v in m["c"])
+        beyond = x >= last
+        low, high = (_array(c["mean"])[beyond] for c in (mine[-1], mine[0]))
+        tint = colour(mine[0]["group"], arms(doc))
+        ax.fill_between(x[beyond], low, high, facecolor="none", edgecolor=tint, alpha=0.35, hatch="////", linewidth=0)
+
+
 def _panel(ax: Axes, doc: Document, metric: str, axis: str, members: list[Document], reach: float) -> None:
     names = {name_of(m["group"]) for m in members}
     fits = [f for f in fits_of(doc, metric, axis) if name_of(f["group"]) in names]
     for f in fits:
         _draw_curve(ax, doc, f, reach)
     _held_out(ax, doc, fits, axis)
+    _ceilings(ax, doc, metric, axis, names)
     for m in members:
         _draw_points(ax, doc, m, axis, len(members) == 1)
     overlaid = [o for o in doc.get("overlay", []) if o["metric"] == metric and axis == "n"]

@@ -63,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--delta", type=float, default=HUBER_DELTA, help=f"Huber threshold on log residuals ({HUBER_DELTA})"
     )
+    how.add_argument(
+        "--penalty", type=float, default=1.0, metavar="K", help="weight of over-estimated points (1: none)"
+    )
     how.add_argument("--floor", type=float, metavar="E", help="fix the floor E, in the metric's units (FD: measured)")
     how.add_argument("--interval", choices=METHODS, default=METHODS[0], help="how parameters get their intervals")
     how.add_argument(
@@ -123,11 +126,15 @@ def _load(args: argparse.Namespace, path: Path) -> Table:
 def _choice(args: argparse.Namespace) -> Choice:
     if not 0.5 <= args.level < 1:
         raise InvalidTable("BAD_LEVEL", f"--level {args.level} is not in [0.5, 1)")
+    if not args.penalty > 0:
+        raise InvalidTable("BAD_PENALTY", f"--penalty {args.penalty} is not positive")
     if not args.delta > 0:
         raise InvalidTable("BAD_DELTA", f"--delta {args.delta} is not positive")
     places = tuple(_place(text) for text in args.predict)
     laws, metrics = tuple(args.law), tuple(args.metric)
-    return Choice(laws, metrics, args.objective, args.delta, args.floor, args.level, args.interval, places)
+    return Choice(
+        laws, metrics, args.objective, args.delta, args.floor, args.level, args.interval, places, args.penalty
+    )
 
 
 def _place(text: str) -> dict[str, float]:
@@ -169,6 +176,8 @@ def fit_table(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     result = study(_load(args, table_path), _choice(args))
     runs = args.runs or _runs_beside(table_path)
     doc = plain(assemble(result, folder / "predictions.json", runs, _planned(args.plan)))
+    if runs.is_dir():
+        doc["runs"]["folder"] = os.path.relpath(runs, folder / "report")
     if args.overlay:
         doc["overlay"] = plain(published())
     write_json(folder / "laws.json", doc)

@@ -173,6 +173,17 @@ def links(doc: Document) -> Listing:
     return Listing("From loss to metric", note, headers, rows)
 
 
+def ceilings(doc: Document) -> Listing:
+    rows = []
+    for c in doc["ceilings"]:
+        at = f"{c['x'][-1]:.3g}"
+        rows.append((label_of(c["group"]), title_of(c["metric"]), digits(c["ceiling"], 2), at, digits(c["mean"][-1])))
+    note = (
+        "The score a decade of compute beyond the data under two ceilings: what the ceiling decides, no fit can narrow."
+    )
+    return Listing("Ceilings", note, ("arm", "metric", "ceiling", "C (FLOPs)", "score there"), rows)
+
+
 def allocations(doc: Document) -> Listing:
     rows = []
     for a in doc["allocation"]:
@@ -220,7 +231,7 @@ def noise(doc: Document) -> Listing:
 
 
 def runs(doc: Document) -> Listing:
-    headers = ("row", "arm", "size", "N", "D", "C", *(title_of(m) for m in _headline_metrics(doc)))
+    headers = ("row", "run", "arm", "size", "N", "D", "C", *(title_of(m) for m in _headline_metrics(doc)))
     values: dict[int, dict[str, Any]] = {}
     for m in doc["measurements"]:
         for i, row in enumerate(m["row"]):
@@ -232,8 +243,24 @@ def runs(doc: Document) -> Listing:
         place = values[row]["place"]
         numbers = (digits(place[k], 6) if k == "n" else f"{place[k]:.6g}" if place[k] else "–" for k in ("n", "d", "c"))
         cells = (values[row].get(m, "") for m in _headline_metrics(doc))
-        rows.append((str(row), label_of(place["group"]), place["size"], *numbers, *cells))
+        rows.append((str(row), _run_link(doc, row), label_of(place["group"]), place["size"], *numbers, *cells))
     return Listing("Runs", "± is the evaluation's standard error.", headers, rows)
+
+
+class Link(str):
+    """A cell that leads somewhere."""
+
+    href = ""
+
+
+def _run_link(doc: Document, row: int) -> str:
+    """The run's name, leading to its folder where that was found beside the table."""
+    name = doc["runs"]["ids"].get(str(row), "")
+    if not name or not doc["runs"]["folder"]:
+        return name
+    link = Link(name)
+    link.href = f"{doc['runs']['folder']}/{name}/"
+    return link
 
 
 def _headline_metrics(doc: Document) -> list[str]:

@@ -24,6 +24,10 @@ from analysis import diagnostics, figures, listings, panels, words  # noqa: E402
 from analysis.document import write  # noqa: E402
 
 Document = dict[str, Any]
+LISTINGS = (
+    "glance", "laws", "remarks", "choice", "predictions", "crossings", "chances", "contrasts", "links", "ceilings",
+    "allocations", "isoflops", "sensitivities", "noise", "runs", "excluded",
+)  # fmt: skip
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -81,11 +85,7 @@ def _samples(doc: Document, folder: Path) -> dict[str, Any]:
 
 
 def _context(doc: Document, folder: Path, samples: Path) -> dict[str, Any]:
-    listed = {
-        name: getattr(listings, name)(doc)
-        for name in ("glance", "laws", "remarks", "choice", "predictions", "crossings", "chances", "contrasts", "links",
-                     "allocations", "isoflops", "sensitivities", "noise", "runs", "excluded")
-    }  # fmt: skip
+    listed = {name: getattr(listings, name)(doc) for name in LISTINGS}
     return {
         "doc": doc, "figures": _figures(doc, folder), "samples": _samples(doc, samples), "listed": listed,
         "summary": words.summary(doc), "verdicts": listings.verdicts(doc),

@@ -23,10 +23,15 @@ OBJECTIVES = ("huber-log", "lse-log", "lse", "quasi-binomial")
 
 @dataclass(frozen=True)
 class Objective:
-    """What is summed over the points: `huber-log`, `lse-log` (log residuals), `lse` (raw), `quasi-binomial`."""
+    """What is summed over the points: `huber-log`, `lse-log` (log residuals), `lse` (raw), `quasi-binomial`.
+
+    `penalty` multiplies the weight of points below the law: rungs that were tuned badly lie above it. 1, none, is the
+    default: it moves exponents by .05.
+    """
 
     name: str = "huber-log"
     delta: float = HUBER_DELTA
+    penalty: float = 1.0
 
     @property
     def logarithmic(self) -> bool:
@@ -45,8 +50,13 @@ class Objective:
             return (value - y) / spread, gradient / spread[:, None]
         return value - y, gradient
 
+    def sided(self, weights: Array, residual: Array) -> Array:
+        """Weights with the penalty on points that the law over-estimates."""
+        return weights if self.penalty == 1.0 else weights * np.where(residual > 0, self.penalty, 1.0)
+
     def total(self, value: Array, residual: Array, y: Array, weights: Array) -> Array:
         """The objective (B,) that is minimised."""
+        weights = self.sided(weights, residual)
         if self.name == "quasi-binomial":
             p = np.clip(value, 1e-12, 1 - 1e-12)
             return -(weights * (y * np.log(p) + (1 - y) * np.log(1 - p))).sum(-1)
@@ -92,6 +102,7 @@ def _step(state: _State, weights: Array, objective: Objective, frozen: np.ndarra
     (reweighted) curvature, so a fully damped step always descends and an undamped one converges quadratically.
     """
     jac, res = state.jacobian, state.residual
+    weights = objective.sided(weights, res)
     if objective.robust:
         size = np.abs(res)
         inside = size <= objective.delta

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from analysis.fit import Fit, Warned, default_objective, fit
-from analysis.laws import Law, SumLaw, law
+from analysis.laws import Law, law
 from analysis.noise import lack_of_fit, pooled, seed_noise
 from analysis.points import Points, select
 from analysis.solver import HUBER_DELTA, Objective
@@ -30,6 +30,7 @@ class Choice:
     level: float = 0.95
     interval: str = "gauss-newton-t"
     predict: tuple[Mapping[str, float], ...] = ()
+    penalty: float = 1.0
 
     @property
     def explicit(self) -> bool:
@@ -96,8 +97,11 @@ def fit_one(chosen: Law, points: Points, choice: Choice, thorough: bool = True) 
     floor, warned = fixed_floor(used)
     if choice.floor is not None:
         floor, warned = choice.floor, []
-    floored = isinstance(chosen, SumLaw) and chosen.floored
-    objective = Objective(choice.objective, choice.delta) if choice.objective else default_objective(used, choice.delta)
+    floored = "E" in chosen.parameters
+    if choice.floor is not None and not floored:
+        raise InvalidTable("NO_FLOOR_IN_LAW", f"law {chosen.name} has no E to fix: drop --floor or take power-floor")
+    name = choice.objective or default_objective(used).name
+    objective = Objective(name, choice.delta, choice.penalty)
     done = fit(chosen, used, objective, floor if floored else None, thorough)
     return replace(done, warnings=(*done.warnings, *(warned if floored else [])))
 
@@ -105,7 +109,14 @@ def fit_one(chosen: Law, points: Points, choice: Choice, thorough: bool = True) 
 def _requested(points: Points, choice: Choice) -> list[Law]:
     if not choice.laws:
         return default_laws(points)
-    return [law(name, signed_floor=points.kind == "signed") for name in choice.laws]
+    signed = points.kind == "signed"
+    return [law(name, _axis(name, points), signed_floor=signed) for name in choice.laws]
+
+
+def _axis(name: str, points: Points) -> str:
+    """The axis of a one-axis law: N where it is known (scores: C), else the first one that is."""
+    order = ("c", "n", "d") if name == "logit" else ("n", "c", "d")
+    return next((axis for axis in order if np.isfinite(points.axis(axis)).all()), order[0])
 
 
 def study(table: Table, choice: Choice) -> Study:

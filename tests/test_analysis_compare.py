@@ -1,0 +1,138 @@
+"""Arms against each other, allocation and isoFLOP profiles on truths that are known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from analysis.allocation import allocation, cost_law, optimum
+from analysis.compare import chance_of_best, comparisons, contrast, crossing, draw
+from analysis.fit import Fit, fit
+from analysis.isoflop import budgets, parabola, profiles
+from analysis.laws import law
+from analysis.points import Points
+from analysis.simulate import CHINCHILLA, chinchilla_points, grid
+
+N = np.geomspace(1e6, 1e9, 8)
+
+
+def arm(name: str, floor: float, amplitude: float, exponent: float, seed: int = 0, unit: str = "nats") -> Points:
+    y = (floor + amplitude * N**-exponent) * np.exp(0.002 * np.random.default_rng(seed).normal(size=8))
+    p = chinchilla_points(N, np.full(8, 1e9), 0.0, np.random.default_rng(0))
+    return replace(p, y=y, group={"arm": name}, units=np.full(8, unit))
+
+
+def law_of(points: Points) -> Fit:
+    return fit(law("power-floor"), points)
+
+
+# two laws that meet: the steeper one starts higher
+STEEP, SHALLOW = arm("steep", 1.0, 400.0, 0.38, 1), arm("shallow", 1.0, 20.0, 0.18, 2)
+MEET = (400.0 / 20.0) ** (1 / 0.2)
+
+
+def test_crossing_is_found_with_an_interval() -> None:
+    found = crossing(law_of(STEEP), law_of(SHALLOW), 0.95, np.random.default_rng(0))
+    assert found is not None and found["inside_data"] and found["share_of_draws"] > 0.95
+    assert found["interval"][0] < MEET < found["interval"][1]
+    assert found["at"] == pytest.approx(MEET, rel=0.3)
+
+
+def test_parallel_arms_do_not_meet() -> None:
+    found = crossing(law_of(arm("a", 1.0, 40.0, 0.3)), law_of(arm("b", 2.0, 80.0, 0.3)), 0.95, np.random.default_rng(0))
+    assert found is not None and found["at"] is None and found["interval"] is None
+
+
+def test_unlike_units_are_never_compared() -> None:
+    other = arm("b", 1.0, 40.0, 0.3, unit="bits")
+    assert contrast(STEEP, other, None, None, "all", 0.95) is None
+    assert crossing(law_of(STEEP), law_of(other), 0.95, np.random.default_rng(0)) is None
+    found = comparisons([STEEP, other], [law_of(STEEP), law_of(other)], 0.95)
+    assert found == {"contrasts": [], "crossings": [], "chances": []}
+
+
+def test_contrasts_have_the_right_sign_and_rows() -> None:
+    a, b = law_of(STEEP), law_of(SHALLOW)
+    small = contrast(STEEP, SHALLOW, a, b, "smallest", 0.95)
+    large = contrast(STEEP, SHALLOW, a, b, "largest", 0.95)
+    assert small is not None and large is not None
+    assert (small.sign, large.sign) == (1, -1)
+    assert small.rows == (0, 0) and large.rows == (7, 7)
+    same = contrast(STEEP, arm("twin", 1.0, 400.0, 0.38, 9), a, a, "all", 0.95)
+    assert same is not None and same.sign == 0 and same.pairs == 8
+
+
+def test_the_best_arm_changes_with_size() -> None:
+    chances = chance_of_best(
+        [law_of(STEEP), law_of(SHALLOW)], np.array([MEET / 30, MEET * 30]), np.random.default_rng(0)
+    )
+    assert chances[0]["chance"]["shallow"] > 0.99 and chances[1]["chance"]["steep"] > 0.9
+    assert sum(chances[0]["chance"].values()) == pytest.approx(1)
+
+
+def test_draws_have_the_fits_covariance() -> None:
+    fitted = law_of(STEEP)
+    thetas = draw(fitted, 20000, np.random.default_rng(0))
+    spread = np.sqrt(np.diag(fitted.covariance) * fitted.within[1] / (fitted.within[1] - 2))
+    np.testing.assert_allclose(thetas.std(0), spread, rtol=0.15)
+
+
+def test_optimum_is_where_no_neighbour_is_better() -> None:
+    n, d = optimum(*(np.array([CHINCHILLA[k]]) for k in ("alpha", "beta", "A", "B")), k=6.0, p=1.1, budget=1e21)
+
+    def loss(size: float) -> float:
+        return 406.4 * size**-0.34 + 410.7 * (1e21 / (6 * size**1.1)) ** -0.28
+
+    assert 6 * n[0] ** 1.1 * d[0] == pytest.approx(1e21)
+    assert loss(n[0]) < min(loss(n[0] * 1.01), loss(n[0] / 1.01))
+
+
+def test_published_parameters_give_their_published_allocation() -> None:
+    """Besiroglu et al. 2024 (arXiv 2404.10102) on Chinchilla's points: about 20 tokens a parameter."""
+    refitted = {"alpha": 0.3478, "beta": 0.3658, "A": 482.01, "B": 2085.43}
+    n, d = optimum(*(np.array([refitted[k]]) for k in ("alpha", "beta", "A", "B")), k=6.0, p=1.0, budget=5.76e23)
+    assert 15 < d[0] / n[0] < 25
+    # Hoffmann et al. 2022, Table 2: exponent .46 for N* by approach 3
+    assert CHINCHILLA["beta"] / (CHINCHILLA["alpha"] + CHINCHILLA["beta"]) == pytest.approx(0.46, abs=0.01)
+
+
+def test_allocation_covers_the_truth_and_counts_decades() -> None:
+    points = chinchilla_points(*grid(8, 4), 0.002, np.random.default_rng(0))
+    fitted = fit(law("chinchilla"), points)
+    assert cost_law(fitted) == pytest.approx((6.0, 1.0))
+    found = allocation(fitted, 0.95)
+    assert found is not None
+    last = found["budgets"][-1]
+    assert last["decades"] == pytest.approx(1.0)
+    true_n, true_d = optimum(*(np.array([CHINCHILLA[k]]) for k in ("alpha", "beta", "A", "B")), 6.0, 1.0, last["c"])
+    assert last["n_interval"][0] < true_n[0] < last["n_interval"][1]
+    assert last["d_interval"][0] < true_d[0] < last["d_interval"][1]
+    assert allocation(law_of(STEEP), 0.95) is None
+
+
+def test_neighbouring_budgets_are_not_merged() -> None:
+    c = np.array([1e18, 1.004e18, 1.03e18, 1.06e18, 1e19])
+    assert [len(s) for s in budgets(c)] == [2, 1, 1, 1]
+    chain = 1e18 * 1.008 ** np.arange(8)
+    assert max(np.ptp(np.log(chain[s])) for s in budgets(chain)) < 0.02
+
+
+def test_isoflop_vertex_convexity_and_range() -> None:
+    n = np.geomspace(1e7, 1e9, 7)
+    bowl = np.exp(0.05 * np.log10(n / 1e8) ** 2)
+    found = parabola(n, bowl * np.exp(1e-5 * np.random.default_rng(0).normal(size=7)), 0.95)
+    assert found["n_star"] == pytest.approx(1e8, rel=0.01) and "code" not in found
+    assert parabola(n, 1 / bowl, 0.95)["code"] == "NOT_CONVEX"
+    assert parabola(n, np.exp(0.05 * np.log10(n / 1e11) ** 2), 0.95)["code"] == "OUTSIDE"
+    assert parabola(n[:3], bowl[:3], 0.95)["code"] == "TOO_FEW_SIZES"
+
+
+def test_profiles_of_an_isoflop_sweep_agree_with_the_joint_law() -> None:
+    n = np.tile(np.geomspace(2e8, 6e9, 7), 3)
+    c = np.repeat([1e20, 4e20, 1.6e21], 7)
+    points = chinchilla_points(n, c / (6 * n), 0.0005, np.random.default_rng(0))
+    joint = allocation(fit(law("chinchilla"), points), 0.95)
+    found = profiles(points, 0.95, joint)
+    assert [p["interpolated"] for p in found] == [False] * 3
+    for p in found:
+        assert np.log10(p["n_star"] / p["joint_n_star"]) == pytest.approx(0, abs=0.3)

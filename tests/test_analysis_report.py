@@ -1,0 +1,207 @@
+"""From a table to the whole report: laws.json, figures, one offline page; two results compared."""
+
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from analysis.changes import changes, in_words
+from analysis.fit_laws import main
+from analysis.published import TABLE
+from analysis.report import build
+from analysis.simulate import ARMS, LADDER, ladder
+from analysis.study import Choice, study
+from analysis.table import prepare
+from analysis.words import digits, rounded
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with samples and learning curves, fitted and reported once."""
+    root = tmp_path_factory.mktemp("project")
+    out = root / "results/simulated"
+    (out / "samples").mkdir(parents=True)
+    frame = ladder()
+    frame.loc[7, "status"] = "diverged"
+    frame.to_csv(out / "runs.csv", index=False)
+    for arm in ARMS:
+        for size in LADDER:
+            Image.new("RGB", (16, 16), (200, 30, 30)).save(out / "samples" / f"{'-'.join(arm)}-{size}.png")
+    for _, row in frame[frame["images"] == 96_000].iterrows():
+        folder = root / "runs" / row["run_id"]
+        folder.mkdir(parents=True)
+        lines = [{"step": s, "images": 64 * s, "train_loss": 1 + s**-0.3} for s in range(1, 1500, 25)]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"torn')
+    assert main([str(out / "runs.csv"), "--out", str(out)]) == 0
+    return out
+
+
+def test_laws_json_has_what_is_promised(results: Path) -> None:
+    doc = json.loads((results / "laws.json").read_text())
+    assert {"version", "table", "fits", "allocation", "verdicts", "recommended_runs"} <= set(doc)
+    assert doc["table"]["n_rows"] == 60 and doc["table"]["sha256"] and doc["table"]["excluded"][0]["row"] == 7
+    for f in doc["fits"]:
+        promised = {"group", "metric", "unit", "law", "objective", "params", "intervals", "n_runs", "starts", "aicc"}
+        assert promised | {"rollout", "warnings"} <= set(f)
+        for name, value in f["params"].items():
+            low, high = f["intervals"][name]
+            assert low <= value <= high
+    wide = [f for f in doc["fits"] if f["half_widths"].get("alpha", 0) > 0.1]
+    assert wide and all("alpha" not in f["headline"] for f in wide)
+    chinchilla = next(f for f in doc["fits"] if f["law"] == "chinchilla")
+    assert set(chinchilla["params"]) == {"E", "A", "B", "alpha", "beta"}
+    assert chinchilla["n_runs"] == 14 and chinchilla["n_clusters"] == 5
+
+
+def test_a_known_exponent_is_found_and_the_floor_is_the_measured_one(results: Path) -> None:
+    doc = json.loads((results / "laws.json").read_text())
+    fd = next(
+        f for f in doc["fits"] if f["metric"] == "fd" and f["group"] == {"token_kind": "continuous", "order": "random"}
+    )
+    assert fd["params"]["E"] == pytest.approx(1.2) and fd["fixed"] == {"E": pytest.approx(1.2)}
+    assert fd["params"]["alpha"] == pytest.approx(0.45, abs=0.03)
+
+
+def test_the_page_is_one_offline_file(results: Path) -> None:
+    page = (results / "report/index.html").read_text()
+    assert not re.search(r"""(src|href)=["'](https?:|//|figures/)""", page)
+    assert page.count("data:image/png;base64,") >= 12 + 20
+    assert "<table" in page and 'name="viewport"' in page and "@media print" in page
+    for section in (
+        "The published claims",
+        "Samples by size",
+        "From loss to metric",
+        "Size or data",
+        "Can it be trusted",
+    ):
+        assert section in page
+    assert json.loads((results / "laws.json").read_text())["table"]["sha256"] in page
+
+
+def test_figures_are_there_in_both_formats(results: Path) -> None:
+    folder = results / "report/figures"
+    names = {p.stem for p in folder.glob("*.png")}
+    assert {f"{metric}-vs-{axis}" for metric in ("val_loss", "fd", "geneval") for axis in "nc"} <= names
+    others = {
+        "val_loss-vs-d",
+        "score-tags",
+        "loss-to-metric",
+        "allocation",
+        "residuals",
+        "learning-curves",
+        "calibration",
+    }
+    assert others <= names
+    for name in names:
+        assert Image.open(folder / f"{name}.png").width >= 600
+        assert ElementTree.parse(folder / f"{name}.svg").getroot().tag.endswith("svg")
+    markdown = (results / "report/report.md").read_text()
+    assert all(f"figures/{name}.png" in markdown for name in names)
+
+
+def test_the_report_needs_laws_json_alone(results: Path, tmp_path: Path) -> None:
+    (tmp_path / "laws.json").write_bytes((results / "laws.json").read_bytes())
+    build(tmp_path / "laws.json", results / "samples")
+    assert (tmp_path / "report/report.md").read_text() == (results / "report/report.md").read_text()
+
+
+def test_no_headline_beyond_what_the_data_carry(results: Path) -> None:
+    doc = json.loads((results / "laws.json").read_text())
+    top = (results / "report/report.md").read_text().split("##")[0]
+    for said in re.findall(r"(\d\.\d+) ± (\d\.\d+) \(", top):
+        assert float(said[1]) <= 0.1
+    silent = [f for f in doc["fits"] if f["metric"] == "val_loss" and not f["headline"] and f["law"] == "power-floor"]
+    assert silent and "The data carry no exponent" in top
+
+
+def test_a_second_run_of_the_command_is_deterministic(results: Path, tmp_path: Path) -> None:
+    assert (
+        main([str(results / "runs.csv"), "--out", str(tmp_path), "--no-report", "--runs", str(tmp_path / "none")]) == 0
+    )
+    first, second = (json.loads((p / "laws.json").read_text()) for p in (results, tmp_path))
+    for key in ("fits", "allocation", "contrasts", "crossings", "chances", "links", "verdicts"):
+        assert first[key] == second[key]
+
+
+def test_the_command_works_from_any_directory(results: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        ROOT / "analysis/fit_laws.py",
+        results / "runs.csv",
+        "--out",
+        tmp_path / "x",
+        "--no-report",
+        "--json",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((tmp_path / "x/laws.json").read_text())
+
+
+def test_the_analysis_imports_neither_torch_nor_the_rest_of_the_project() -> None:
+    probe = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import analysis.fit_laws, analysis.report, analysis.recommend;"
+        "print([m for m in ('torch', 'fluidscale', 'slurm', 'mlflow', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", probe, ROOT], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_published_sizes_with_a_forecast(tmp_path: Path) -> None:
+    """Five points: the forecast for 30B is given with its interval and flagged as resting on five sizes."""
+    options = ["--n", "params_total", "--metric", "fid", "--metric", "geneval", "--predict", "n=3e10"]
+    assert main([str(TABLE), *options, "--out", str(tmp_path), "--no-report"]) == 0
+    doc = json.loads((tmp_path / "laws.json").read_text())
+    for f, (low, high) in zip(doc["fits"], ((5.5, 6.7), (0.6, 0.85)), strict=True):
+        said = f["forecasts"][0]
+        assert "FEW_SIZES" in {w["code"] for w in f["warnings"]} and f["headline"] == [] and said["n_runs"] == 5
+        assert low < said["run_low"] < said["mean"] < said["run_high"] < high
+        assert said["decades"] == pytest.approx(np.log10(30 / 10.5))
+
+
+def test_the_overlay_is_marked_as_another_protocol(results: Path, tmp_path: Path) -> None:
+    assert main([str(results / "runs.csv"), "--out", str(tmp_path), "--overlay"]) == 0
+    assert {o["metric"] for o in json.loads((tmp_path / "laws.json").read_text())["overlay"]} == {"fid", "geneval"}
+    same = [(p / "report/figures/geneval-vs-n.png").read_bytes() for p in (results, tmp_path)]
+    assert same[0] != same[1]
+
+
+def studied(frame: pd.DataFrame):
+    return study(prepare(frame, "", "frame"), Choice(metrics=("val_loss", "geneval")))
+
+
+def test_two_results_compared() -> None:
+    base = ladder(seeds=(0, 1), noise=0.002)
+    better = ladder(seeds=(0, 1), noise=0.002, random_state=5)
+    better = better.assign(val_loss=better["val_loss"] * np.where(better["order"] == "random", 0.93, 1.0))
+    better["run_id"] = better["run_id"] + "-b"
+    found = changes(studied(base), studied(better), 0.95)
+    moved = {(m["metric"], m["group"]["order"]) for m in found["metrics"] if m["changed"]}
+    assert moved == {("val_loss", "random")}
+    assert len(found["rows"]["new"]) == len(found["rows"]["gone"]) == 120
+    same = changes(studied(base), studied(base), 0.95)
+    assert not any(c["changed"] for c in same["parameters"] + same["metrics"])
+    assert "0 new, 0 gone" in in_words(same)
+    other = changes(studied(base), studied(base.assign(val_loss_unit="bits")), 0.95)
+    assert {u["metric"] for u in other["unlike"]} == {"val_loss"}
+
+
+def test_numbers_are_printed_with_the_digits_they_carry() -> None:
+    assert (
+        digits(0.35) == "0.3500"
+        and digits(12345.678) == "12346"
+        and digits(None) == "–"
+        and digits(1.5e7) == "1.500e+07"
+    )
+    assert rounded(0.34449, 0.08) == "0.34 ± 0.08"
+    assert rounded(0.34449, 0.0062) == "0.344 ± 0.006"
+    assert rounded(0.34449, 0.013) == "0.344 ± 0.013"

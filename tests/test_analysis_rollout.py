@@ -1,0 +1,132 @@
+"""Held-out prediction: rollouts, the record of predictions, links from loss to metric."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis.assemble import refitter
+from analysis.fit import fit
+from analysis.laws import law
+from analysis.links import PUBLISHED_R, ceiling_band, join, link, pearson
+from analysis.points import Points
+from analysis.predictions import keep_record, register, rows_sha256
+from analysis.rollout import rollout, score
+from analysis.simulate import chinchilla_points
+from analysis.study import Choice
+from analysis.table import InvalidTable
+
+N = np.geomspace(1e6, 1e9, 8)
+REFIT = refitter(law("power-floor"), Choice())
+
+
+def ladder(noise: float = 0.003, seed: int = 0) -> Points:
+    p = chinchilla_points(N, np.full(8, 1e9), 0.0, np.random.default_rng(0))
+    y = (1.0 + 60 * N**-0.3) * np.exp(noise * np.random.default_rng(seed).normal(size=8))
+    return replace(p, y=y, group={"arm": "a"})
+
+
+def test_rollout_never_sees_what_it_predicts() -> None:
+    p = ladder()
+    entries = rollout(p, REFIT, 0.95)
+    assert [e["held_out"]["row"] for e in entries] == [4, 5, 6, 7]
+    assert [e["n_runs"] for e in entries] == [4, 5, 6, 7]
+    spoilt = replace(p, y=np.where(p.n == N[-1], 99.0, p.y))
+    again = rollout(spoilt, REFIT, 0.95)
+    assert again[-1]["predicted"] == entries[-1]["predicted"] and not again[-1]["covered"]
+
+
+def test_rollout_intervals_cover() -> None:
+    scores = [score(rollout(ladder(seed=s), REFIT, 0.95)) for s in range(25)]
+    found = [s for s in scores if s]
+    share = sum(s["covered"] for s in found) / sum(s["n"] for s in found)
+    assert 0.88 <= share <= 1.0
+
+
+def test_rollout_tells_a_wrong_law_from_a_right_one() -> None:
+    p = ladder(0.001)
+    right, wrong = (score(rollout(p, refitter(law(k), Choice()), 0.95)) for k in ("power-floor", "power"))
+    assert right and wrong and right["rms_relative_error"] < 0.5 * wrong["rms_relative_error"]
+
+
+def test_predictions_are_registered_once_and_scored_later(tmp_path: Path) -> None:
+    path, full = tmp_path / "predictions.json", ladder()
+    below = full.take(full.n < N[-1])
+    planned = [{"n": float(N[-1]), "d": 1e9, "c": 6e18}]
+    first = keep_record(path, register(below, REFIT, 0.95, planned), [below])
+    waiting = [p for p in first["predictions"] if p["covered"] is None]
+    assert len(waiting) == 1 and waiting[0]["target"]["n"] == N[-1]
+    assert waiting[0]["rows_sha256"] == rows_sha256(below)
+    second = keep_record(path, register(full, REFIT, 0.95), [full])
+    scored = [p for p in second["predictions"] if p["target"]["n"] == N[-1]]
+    assert all(p["measured"] == full.y[-1] and p["covered"] for p in scored)
+    assert len(scored) == 1 and second["calibration"] == {"scored": 2, "covered": 2, "level": 0.95}
+    assert json.loads(path.read_text()) == second
+
+
+def test_a_registered_prediction_is_never_rewritten(tmp_path: Path) -> None:
+    path, p = tmp_path / "predictions.json", ladder()
+    entries = register(p, REFIT, 0.95)
+    keep_record(path, entries, [p])
+    changed = [{**e, "predicted": -1.0} for e in entries]
+    assert keep_record(path, changed, [p])["predictions"][0]["predicted"] == pytest.approx(entries[0]["predicted"])
+
+
+def test_the_hash_is_of_the_rows_used_alone() -> None:
+    p = ladder()
+    below = register(p, REFIT, 0.95)[0]
+    spoilt = replace(p, y=np.where(p.n == N[-1], 9.0, p.y))
+    assert register(spoilt, REFIT, 0.95)[0] == below
+    moved = replace(p, y=np.where(p.n == N[0], 9.0, p.y))
+    assert register(moved, REFIT, 0.95)[0]["rows_sha256"] != below["rows_sha256"]
+
+
+def test_a_foreign_record_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "predictions.json").write_text("[]")
+    with pytest.raises(InvalidTable, match="UNREADABLE_RECORD"):
+        keep_record(tmp_path / "predictions.json", [], [])
+
+
+def scores(loss: Points, ceiling: float = 1.0) -> Points:
+    y = ceiling / (1 + np.exp(4 * (loss.y - 1.4)))
+    return replace(loss, metric="geneval", kind="score", y=y, se=np.full(8, 0.01))
+
+
+def test_link_errors_come_from_held_out_rungs() -> None:
+    loss = ladder(0.0)
+    bent = replace(loss, metric="fd", kind="distance", y=3 + 40 * (loss.y - 1) ** 2)
+    found = link(loss, bent, REFIT, 0.95)
+    assert (
+        found is not None and found["error_held_out"] > found["error_in_sample"] and found["error_chained"] is not None
+    )
+    straight = replace(loss, metric="fd", kind="distance", y=3 + 40 * (loss.y - 1))
+    line = link(loss, straight, REFIT, 0.95)
+    assert line is not None and line["slope"] == pytest.approx(40) and line["error_held_out"] < 1e-9
+    assert line["pearson"][0] == pytest.approx(1) and line["published_r"] == PUBLISHED_R["fd"]
+
+
+def test_links_join_rows_that_carry_both() -> None:
+    loss = ladder()
+    some = scores(loss).take(np.array([1, 3, 4, 7]))
+    joined = join(loss, some)
+    np.testing.assert_allclose(joined.loss, loss.y[[1, 3, 4, 7]])
+    assert link(loss, some.take(np.array([0, 1])), REFIT, 0.95) is None
+
+
+def test_pearson_interval_is_fishers() -> None:
+    x = np.arange(10.0)
+    y = x + np.array([1, -1] * 5)
+    r, low, high = pearson(x, y, 0.95) or (0, 0, 0)
+    assert r == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert np.arctanh(high) - np.arctanh(r) == pytest.approx(1.959964 / np.sqrt(7))
+    assert low < r < high and pearson(x[:3], y[:3], 0.95) is None
+
+
+def test_ceilings_bracket_a_bounded_score() -> None:
+    p = scores(ladder(), 0.8)
+    found = ceiling_band(p, lambda chosen, points: fit(chosen, points))
+    assert [c["ceiling"] for c in found] == [1.0, 0.8]
+    assert found[0]["mean"][-1] > found[1]["mean"][-1]
+    assert found[1]["mean"][-1] < 0.8

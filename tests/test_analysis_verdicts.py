@@ -1,0 +1,101 @@
+"""The published claims on tables where the answer is known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.points import select
+from analysis.published import TABLE, published
+from analysis.simulate import TRUTHS, ladder
+from analysis.study import Choice, Study, study
+from analysis.table import load, prepare
+from analysis.verdicts import CLAIMS, verdicts
+
+
+def judged(frame: pd.DataFrame) -> dict[int, dict]:
+    result: Study = study(prepare(frame, "", "frame"), Choice())
+    return {v["number"]: v for v in verdicts(result.points, result.fits, 0.95)}
+
+
+@pytest.fixture(scope="module")
+def base() -> pd.DataFrame:
+    return ladder(seeds=(0, 1), noise=0.002)
+
+
+def test_every_claim_is_judged_with_its_rows(base: pd.DataFrame) -> None:
+    found = judged(base)
+    assert sorted(found) == list(range(1, 12)) == [n for n, *_ in CLAIMS]
+    for v in found.values():
+        assert v["verdict"] in ("holds", "reversed", "undecided", "not measured")
+        if v["verdict"] != "not measured":
+            assert v["effect"] is not None and v["evidence"]["rows"] and v["interval"][0] < v["interval"][1]
+            assert max(v["evidence"]["rows"]) < len(base)
+    assert found[10]["verdict"] == "not measured"  # no table of ours has a 10.5B model
+
+
+def test_a_known_truth_gets_its_verdict(base: pd.DataFrame) -> None:
+    found = judged(base)
+    assert found[1]["verdict"] == "holds"  # every simulated loss falls with N
+    assert found[4]["verdict"] == "holds"  # continuous has the lower distance at the largest size
+    assert found[7]["verdict"] == "holds"  # random: higher loss, better images
+    assert found[5]["verdict"] == "reversed"  # random scores below raster in the simulated truth
+    assert TRUTHS["continuous", "random"].score < TRUTHS["continuous", "raster"].score
+
+
+def test_turning_the_truth_around_turns_the_verdict_around(base: pd.DataFrame) -> None:
+    swapped = base.assign(token_kind=base["token_kind"].map({"continuous": "discrete", "discrete": "continuous"}))
+    before, after = judged(base), judged(swapped)
+    assert (before[4]["verdict"], after[4]["verdict"]) == ("holds", "reversed")
+    assert (before[6]["verdict"], after[6]["verdict"]) == ("reversed", "holds")
+
+
+def test_rising_loss_reverses_the_first_claim(base: pd.DataFrame) -> None:
+    upside = base.assign(val_loss=5.0 - pd.to_numeric(base["val_loss"]))
+    assert judged(upside)[1]["verdict"] == "reversed"
+
+
+def test_a_missing_arm_is_not_measured(base: pd.DataFrame) -> None:
+    partial = base[base["order"] == "random"]
+    found = judged(partial)
+    assert found[1]["verdict"] == "not measured" and found[5]["verdict"] == "not measured"
+
+
+def test_noise_leaves_it_undecided() -> None:
+    equal = ladder(noise=0.002)
+    rng = np.random.default_rng(0)
+    full = equal["fd"] != ""
+    equal.loc[full, "fd"] = 5.0 * np.exp(0.1 * rng.normal(size=full.sum()))
+    equal.loc[full, "fd_se"] = 0.5
+    found = judged(equal)
+    assert found[4]["verdict"] == "undecided"
+
+
+def test_losses_of_unlike_units_are_never_contrasted(base: pd.DataFrame) -> None:
+    text = judged(base)[7]["evidence"]["text"]
+    assert "continuous-random − continuous-raster in val_loss" in text
+    assert "continuous-random − discrete" not in text.split("fd")[0]
+
+
+def test_tables_of_others_have_no_verdicts(base: pd.DataFrame) -> None:
+    one_arm = base[(base["order"] == "random") & (base["token_kind"] == "discrete")]
+    table = prepare(one_arm, "", "frame", n="params_total", d="images")
+    result = study(table, Choice(metrics=("val_loss",), laws=("power-floor",)))
+    assert verdicts(result.points, result.fits, 0.95) == []
+
+
+def test_the_published_table_speaks_to_the_tenth_claim() -> None:
+    table = load(TABLE, n="params_total", group=("token_kind", "order"))
+    points = [select(table, group, rows, "geneval")[0] for group, rows in table.groups()]
+    found = {v["number"]: v for v in verdicts(points, [], 0.95)}[10]
+    assert found["verdict"] == "holds" and found["effect"] == pytest.approx(-0.01)
+    sure = replace(points[0], se=np.full(5, 0.001))
+    assert {v["number"]: v for v in verdicts([sure], [], 0.95)}[10]["verdict"] == "reversed"
+
+
+def test_published_values_are_the_papers() -> None:
+    found = {p["metric"]: p for p in published()}
+    assert list(found["fid"]["y"]) == [7.23, 6.84, 6.59, 6.41, 6.16]
+    assert list(found["geneval"]["y"]) == [0.62, 0.65, 0.67, 0.70, 0.69]
+    assert list(found["fid"]["n"]) == [369e6, 665e6, 1.1e9, 3.1e9, 10.5e9]
