@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from fluidscale.model.generator import generate
 
 from fluidscale.evaluate.detect import load_detector
 from fluidscale.evaluate.generate import encode_text
 from fluidscale.evaluate.geneval import judge_images
+from fluidscale.model.generator import generate
 from fluidscale.record import Placement, write_json
 from fluidscale.run import load_trained, run
 from fluidscale.spec import ARMS, RunSpec
