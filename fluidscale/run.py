@@ -148,7 +148,7 @@ def _train(
 ) -> None:
     import lightning.pytorch as pl
     import torch
-    from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
     from safetensors.torch import save
 
     from fluidscale.model.build import build
@@ -200,8 +200,7 @@ def _train(
 
 def prune_trunk(trunk: Path) -> None:
     """Keeps a trunk's newest checkpoint, from which a longer run can go on; called by the longest of its runs."""
-    *older, _ = sorted(trunk.glob("step-*.ckpt")) or [None]
-    for checkpoint in older:
+    for checkpoint in sorted(trunk.glob("step-*.ckpt"))[:-1]:
         checkpoint.unlink(missing_ok=True)
         checkpoint.with_suffix(".jsonl").unlink(missing_ok=True)
 

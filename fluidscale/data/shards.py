@@ -103,7 +103,7 @@ def _write(folder: Path, recipe: Any, rows: int, encode: Encode, progress: Progr
         entry = read_json(done)
         if entry is None:
             tokens, text = encode(start, count)
-            entry = {"rows": count}
+            entry = dict[str, Any](rows=count)
             for kind, array in (("tokens", tokens), ("text", text)):
                 path = folder / f"{kind}-{index:05d}.npy"
                 entry[f"{kind}_sha256"] = _save(path, array)

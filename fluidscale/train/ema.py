@@ -24,7 +24,9 @@ class EMA(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         with torch.no_grad():
-            torch._foreach_lerp_(self._shadow, [p.detach() for p in pl_module.parameters()], 1 - self._decay)
+            # One call for all tensors; torch has no public name for it.
+            current = [p.detach() for p in pl_module.parameters()]
+            torch._foreach_lerp_(self._shadow, current, 1 - self._decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Any]:
         return {"shadow": self._shadow}

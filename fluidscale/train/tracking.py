@@ -50,8 +50,9 @@ class Mirror:
         if name not in self._experiments:
             found = self._client.get_experiment_by_name(name)
             # A remote server keeps artifacts where it was told to; only our own database needs a place.
-            place = {"artifact_location": self._artifacts} if self.uri.startswith("sqlite") else {}
-            self._experiments[name] = found.experiment_id if found else self._client.create_experiment(name, **place)
+            place = self._artifacts if self.uri.startswith("sqlite") else None
+            made = found.experiment_id if found else self._client.create_experiment(name, artifact_location=place)
+            self._experiments[name] = made
         return self._experiments[name]
 
     def push(self, run_dir: Path, sweep: str) -> bool:
