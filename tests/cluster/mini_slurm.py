@@ -34,8 +34,8 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-# A requeued job starts again when its credential has expired: 121 s by default.
-AuthInfo=socket={root}/munge/socket,cred_expire=3
+# A requeued job starts again when its credential has expired: 121 s by default, and for values below 5.
+AuthInfo=socket={root}/munge/socket,cred_expire=5
 CredType=cred/munge
 SlurmctldPort={ctld}
 SlurmctldPidFile={root}/run/slurmctld.pid
