@@ -89,14 +89,16 @@ def _limits(items: list[Document], fits: list[Document], reach: float) -> tuple[
 def _floors(ax: Axes, items: list[Document]) -> None:
     """Reconstruction floor of a distance, the tokenizer's ceiling of a score: what no model of that kind can pass."""
     kinds = {item["group"].get("token_kind", ""): item for item in items}
-    for item in kinds.values():
-        for key, text in (("floor", "tokenizer floor"), ("ceiling", "tokenizer ceiling")):
+    for key, text in (("floor", "tokenizer floor"), ("ceiling", "tokenizer ceiling")):
+        # Two lines are often close: the lower one is named below itself, the upper one above.
+        lines = sorted(kinds.values(), key=lambda item: item[key] or 0.0)[-2:]
+        for place, item in zip(("top", "bottom"), lines, strict=False):
             low, high = ax.get_ylim()
             if item[key] is not None and low <= item[key] <= high:
                 ax.axhline(item[key], color=MUTED, linewidth=0.9, linestyle=":")
                 text = f"{text}, {item['group'].get('token_kind', '')}".rstrip(", ")
                 ax.annotate(text, (0.995, item[key]), xycoords=("axes fraction", "data"), fontsize=6, color=MUTED,
-                            ha="right", va="bottom")  # fmt: skip
+                            ha="right", va=place)  # fmt: skip
 
 
 def _panels(items: list[Document]) -> list[list[Document]]:
