@@ -1,6 +1,6 @@
 """Can every arm give back what it was trained on? It tells a flaw from a small budget, before any ladder is run.
 
-    python benchmarks/memorise.py [--arm discrete-random] [--steps 6000] [--scenes 200]
+    python benchmarks/memorise.py [--arm discrete-random] [--steps 2500] [--scenes 200]
 
 Each arm is trained on 200 captioned scenes until the loss no longer falls and then draws the training captions with
 one token a step. Passed: a GenEval-protocol score of at least 90 % of the tokenizer's own, measured on the same scenes
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arm", action="append", choices=ARMS, help="default: all four")
     parser.add_argument("--size", default="460K")
     parser.add_argument("--scenes", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--runs", type=Path, default=Path("runs/memorise"))
     arguments = parser.parse_args(argv)
     failed = 0
