@@ -74,7 +74,9 @@ def test_no_general_optimiser_finds_a_better_point() -> None:
     rng = np.random.default_rng(0)
     for _ in range(5):
         start = fitted.theta + 0.02 * rng.normal(size=5)
-        best = minimize(objective, start, method="Nelder-Mead", options={"maxiter": 4000, "xatol": 1e-10, "fatol": 1e-16})
+        best = minimize(
+            objective, start, method="Nelder-Mead", options={"maxiter": 4000, "xatol": 1e-10, "fatol": 1e-16}
+        )
         assert best.fun >= fitted.value * (1 - 1e-9)
 
 

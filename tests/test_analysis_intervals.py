@@ -39,7 +39,9 @@ def test_nominal_95_percent_covers(ratios: int) -> None:
 def test_methods_agree_where_they_should() -> None:
     p = chinchilla_points(*grid(8, 4), 0.003, np.random.default_rng(2))
     fitted = fit(law("chinchilla"), p, Objective("lse-log"))
-    widths = {m: np.subtract(*intervals(fitted, m)["alpha"][::-1]) for m in ("gauss-newton-t", "profile-F", "wild-cluster")}
+    widths = {
+        m: np.subtract(*intervals(fitted, m)["alpha"][::-1]) for m in ("gauss-newton-t", "profile-F", "wild-cluster")
+    }
     assert widths["profile-F"] == pytest.approx(widths["gauss-newton-t"], rel=0.05)
     assert widths["wild-cluster"] == pytest.approx(widths["gauss-newton-t"], rel=0.25)
     assert intervals(fitted, "pairs-cluster") == intervals(fitted, "pairs-cluster")

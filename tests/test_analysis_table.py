@@ -78,7 +78,9 @@ def test_other_formats(suffix: str, tmp_path: Path, expected: float) -> None:
     else:
         frame().to_json(path, orient="records", lines=True, double_precision=15)
     assert main([str(path), *OPTIONS]) == 0
-    assert json.loads((tmp_path / "laws.json").read_text())["fits"][0]["params"]["alpha"] == pytest.approx(expected, abs=1e-6)
+    assert json.loads((tmp_path / "laws.json").read_text())["fits"][0]["params"]["alpha"] == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("cell, reason", [("nan", "NOT_A_NUMBER"), ("inf", "NOT_A_NUMBER"), ("n/a", "NOT_A_NUMBER"),
@@ -160,7 +162,11 @@ def unfinished(own: pd.DataFrame) -> Table:
 
 def test_unfinished_runs_are_excluded_by_name() -> None:
     table = unfinished(ladder())
-    assert [(e["row"], e["code"]) for e in table.excluded] == [(2, "NON_POSITIVE"), (0, "NOT_FINISHED"), (1, "UNFINISHED_DECAY")]
+    assert [(e["row"], e["code"]) for e in table.excluded] == [
+        (2, "NON_POSITIVE"),
+        (0, "NOT_FINISHED"),
+        (1, "UNFINISHED_DECAY"),
+    ]
     assert len(table.frame) == 57
 
 
