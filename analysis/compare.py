@@ -44,8 +44,14 @@ class Contrast:
 
 
 def comparable(a: Points, b: Points) -> bool:
-    """Whether two groups' values may be subtracted: same metric, unit and protocol, both known to agree."""
-    return a.metric == b.metric and (a.unit, a.protocol) == (b.unit, b.protocol)
+    """Whether two groups' values may be subtracted: same metric, unit and protocol.
+
+    A likelihood is per image: it is also compared across the orders of one tokenizer, whose protocols name the order.
+    """
+    if a.metric != b.metric or a.unit != b.unit:
+        return False
+    kinds = (a.group.get("token_kind"), b.group.get("token_kind"))
+    return a.protocol == b.protocol or (a.kind == "signed" and kinds[0] is not None and kinds[0] == kinds[1])
 
 
 def _transformed(points: Points) -> Array:
@@ -65,12 +71,15 @@ def _by_rank(points: Points) -> list[np.ndarray]:
     return [np.flatnonzero(points.n == n) for n in np.unique(points.n)]
 
 
-def contrast(a: Points, b: Points, fit_a: Fit | None, fit_b: Fit | None, at: str, level: float) -> Contrast | None:
+def contrast(
+    a: Points, b: Points, fit_a: Fit | None, fit_b: Fit | None, at: str, level: float, own_protocols: bool = False
+) -> Contrast | None:
     """The difference a - b `at` the "smallest", "largest" or "all" sizes; None where they cannot be paired.
 
     One size: an interval from run-to-run and evaluation noise. All sizes: Student's t over the paired differences.
+    `own_protocols` also admits values of one unit that were measured under a protocol of each arm's own.
     """
-    if not comparable(a, b):
+    if not (comparable(a, b) or (own_protocols and a.metric == b.metric and a.unit == b.unit)):
         return None
     a, b = a.largest_data(), b.largest_data()
     ranks_a, ranks_b = _by_rank(a), _by_rank(b)

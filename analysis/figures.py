@@ -96,8 +96,8 @@ def _floors(ax: Axes, items: list[Document]) -> None:
             low, high = ax.get_ylim()
             if item[key] is not None and low <= item[key] <= high:
                 ax.axhline(item[key], color=MUTED, linewidth=0.9, linestyle=":")
-                text = f"{text}, {item['group'].get('token_kind', '')}".rstrip(", ")
-                ax.annotate(text, (0.995, item[key]), xycoords=("axes fraction", "data"), fontsize=6, color=MUTED,
+                label = f"{text}, {item['group'].get('token_kind', '')}".rstrip(", ")
+                ax.annotate(label, (0.995, item[key]), xycoords=("axes fraction", "data"), fontsize=6, color=MUTED,
                             ha="right", va=place)  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def _held_out(ax: Axes, doc: Document, fits: list[Document], axis: str) -> None:
             low, high = e["interval"]
             tint = colour(f["group"], arms(doc))
             ax.errorbar(e["held_out"]["n"] * 1.06, e["predicted"], [[e["predicted"] - low], [high - e["predicted"]]],
-                        marker="D", markersize=3.6, markerfacecolor="white", color=tint, elinewidth=0.7, alpha=0.9,
+                        marker="D", markersize=3.6, markerfacecolor="white", color=tint, elinewidth=0.6, alpha=0.6,
                         linestyle="none", zorder=4)  # fmt: skip
 
 

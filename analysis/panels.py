@@ -35,7 +35,8 @@ plt.rcParams.update({
     "font.family": "DejaVu Sans", "font.size": 8.5, "axes.titlesize": 9, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.labelcolor": INK, "text.color": INK, "axes.edgecolor": "#9aa5b1",
     "axes.linewidth": 0.7, "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "legend.frameon": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "legend.frameon": True,
+    "legend.framealpha": 0.85, "legend.edgecolor": "none",
     "legend.fontsize": 7.5, "svg.fonttype": "path", "svg.hashsalt": "fluidscale", "axes.axisbelow": True,
 })  # fmt: skip
 
@@ -94,7 +95,7 @@ def scientific(value: float, _: Any = None) -> str:
 def log_axis(axis: Any, low: float, high: float, compute: bool = False) -> None:
     """A logarithmic axis with labelled ticks however short its range: linear steps, 1-2-5, 1-3 or whole decades."""
     span = np.log10(high / low)
-    subs = (1.0,) if span > 3 else (1.0, 3.0) if span > 1.2 else (1.0, 2.0, 5.0)
+    subs = (1.0,) if span > 3 else (1.0, 3.0) if span > 1.6 else (1.0, 2.0, 5.0)
     axis.set_major_locator(MaxNLocator(5) if span < 0.7 else LogLocator(base=10, subs=subs))
     axis.set_major_formatter(FuncFormatter(scientific if compute else short))
     axis.set_minor_formatter(NullFormatter())

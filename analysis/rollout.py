@@ -30,10 +30,12 @@ def held_out(points: Points, fit: Fit, level: float) -> list[dict[str, Any]]:
         place = {axis: float(points.axis(axis)[i]) for axis in fit.law.axes}
         said = predict(fit, level, **place)
         measured = float(points.y[i])
+        # a signed metric has no meaningful zero to be relative to
+        relative = said.mean / measured - 1 if measured and points.kind != "signed" else None
         out.append({
             "held_out": {"row": int(points.rows[i]), "n": float(points.n[i]), "d": float(points.d[i])},
             "predicted": said.mean, "interval": [said.run_low, said.run_high], "mean_interval": [said.low, said.high],
-            "measured": measured, "relative_error": said.mean / measured - 1 if measured else None,
+            "measured": measured, "relative_error": relative,
             "covered": bool(said.run_low <= measured <= said.run_high), "decades": said.decades,
             "n_runs": len(fit.points),
         })  # fmt: skip

@@ -71,12 +71,12 @@ def fixed_floor(points: Points) -> tuple[float | None, list[Warned]]:
 
 
 def default_laws(points: Points) -> list[Law]:
-    """Over N and C on the largest data size; for losses also the joint law in (N, D)."""
+    """Over N and C on the largest data size; for losses also the joint laws in (N, D)."""
     if points.kind == "score":
         return [law("logit", "n"), law("logit", "c")]
     signed = points.kind == "signed"
     one_axis = [law("power-floor", signed_floor=signed), law("compute", signed_floor=signed)]
-    return [*one_axis, law("chinchilla")] if points.kind == "loss" else one_axis
+    return [*one_axis, law("chinchilla"), law("kaplan")] if points.kind == "loss" else one_axis
 
 
 def suited(chosen: Law, points: Points) -> Points:

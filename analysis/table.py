@@ -26,6 +26,7 @@ LOSSES = ("val_loss",)
 SIGNED = ("val_nll",)
 DISTANCES = ("fd", "fid")
 SCORE_PREFIX = "geneval"
+KINDS = ("loss", "signed", "distance", "score")
 
 
 class InvalidTable(ValueError):
@@ -80,9 +81,10 @@ class Table:
         return out
 
     def metrics(self) -> list[str]:
-        """The metrics of our own schema that at least one row carries."""
-        known = [c for c in self.frame.columns if kind_of(c) is not None and f"{c}_se" in self.frame.columns]
-        return [c for c in known if np.isfinite(numbers(self.frame[c])[0]).any()]
+        """The metrics of our own schema that at least one row carries: losses first, a score's tags last."""
+        known = [str(c) for c in self.frame.columns if kind_of(str(c)) is not None and f"{c}_se" in self.frame.columns]
+        found = [c for c in known if np.isfinite(numbers(self.frame[c])[0]).any()]
+        return sorted(found, key=lambda c: (c.startswith(f"{SCORE_PREFIX}_"), KINDS.index(str(kind_of(c)))))
 
 
 def kind_of(metric: str) -> str | None:

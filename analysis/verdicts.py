@@ -41,7 +41,9 @@ class Evidence:
         if left not in self.points or right not in self.points:
             return None
         a_points, b_points = self.points[left], self.points[right]
-        return contrast(a_points, b_points, self.laws.get(left), self.laws.get(right), at, self.level)
+        return contrast(
+            a_points, b_points, self.laws.get(left), self.laws.get(right), at, self.level, metric == "val_loss"
+        )
 
     @property
     def distance(self) -> str:
@@ -78,8 +80,10 @@ def _judge(found: Sequence[tuple[Contrast | None, int]]) -> Judgement:
     effects = [sign * c.effect for c, sign in known]
     weakest = known[int(np.argmin(effects))][0]
     rows = sorted({r for c, _ in known for r in c.rows})
-    verdict = _agree([sign * c.sign for c, sign in known])
-    return verdict, weakest.effect, (weakest.low, weakest.high), "; ".join(_say(c) for c, _ in known), rows
+    signs = [sign * c.sign for c, sign in known]
+    mixed = "its parts point both ways: " if min(signs) < 0 < max(signs) else ""
+    text = mixed + "; ".join(_say(c) for c, _ in known)
+    return _agree(signs), weakest.effect, (weakest.low, weakest.high), text, rows
 
 
 def _slope(x: np.ndarray, y: np.ndarray, level: float) -> tuple[float, float, float] | None:
@@ -176,6 +180,7 @@ def _small_continuous_not_better(e: Evidence) -> Judgement:
 
 
 def _higher_loss_better_images(e: Evidence) -> Judgement:
+    """Claim 7. As in the paper, each order's loss is its own objective's, within one unit."""
     pairs = ((CR, CA), (DR, DA))
     losses = [(e.contrast("val_loss", a, b, "all"), 1) for a, b in pairs]
     return _judge([*losses, *((e.contrast(e.distance, a, b, "largest"), -1) for a, b in pairs)])

@@ -11,6 +11,7 @@ from analysis.figures import measured, title_of
 from analysis.panels import label_of, name_of
 
 Document = dict[str, Any]
+EXPONENTS = {"alpha": "in N", "beta": "in D", "alpha_N": "in N", "alpha_D": "in D", "delta": "after the break"}
 VERDICTS = ("holds", "reversed", "undecided", "not measured")
 
 
@@ -47,21 +48,32 @@ def _headlines(doc: Document, metric: str) -> list[str]:
     out, silent = [], []
     for m in measured(doc, metric):
         fits = [f for f in doc["fits"] if f["metric"] == metric and f["group"] == m["group"] and f["axes"] != ["c"]]
-        carried = [f for f in fits if "alpha" in f["headline"]]
+        carried = [f for f in fits if f["headline"]]
         if not carried:
             silent.append(label_of(m["group"]))
             continue
-        best = max(carried, key=lambda f: f["n_runs"])
-        value = rounded(best["params"]["alpha"], best["half_widths"]["alpha"])
-        decades = math.log10(max(best["points"]["n"]) / min(best["points"]["n"]))
-        out.append(f"{label_of(m['group'])} {value} ({best['law']}, {decades:.1f} decades of N)")
-    lines = [f"Exponent of {title_of(metric)} in N: {'; '.join(out)}."] if out else []
+        # of the joint laws, which rest on the same runs, the better one by AICc; else the law in N
+        best = min(carried, key=lambda f: (-f["n_runs"], f["aicc"] if f["aicc"] is not None else math.inf))
+        values = (f"{EXPONENTS[k]} {rounded(best['params'][k], best['half_widths'][k])}" for k in best["headline"])
+        out.append(f"{label_of(m['group'])} {', '.join(values)} ({best['law']})")
+    lines = [f"Exponents of {title_of(metric)} that the data carry: {'; '.join(out)}."] if out else []
     if silent:
         lines.append(
-            f"The data carry no exponent of {title_of(metric)} in N for {', '.join(silent)}: the 95 % half-width "
-            f"exceeds {HEADLINE_HALF_WIDTH} or a guard forbids it; the table of laws has the numbers."
+            f"The data carry no exponent of a law of {title_of(metric)} for {', '.join(silent)}: half-widths exceed "
+            f"{HEADLINE_HALF_WIDTH} or a guard forbids it; the table of laws has the numbers."
         )
-    return lines
+    return [*_slopes(doc, metric), *lines]
+
+
+def _slopes(doc: Document, metric: str) -> list[str]:
+    """The mean slope of log metric on log N over the ladder: a description of what was measured, not a law."""
+    out = []
+    for d in doc["doublings"]:
+        if d["metric"] == metric:
+            middle, low, high = (math.log2(1 + v) for v in d["change"])
+            if (high - low) / 2 <= HEADLINE_HALF_WIDTH:
+                out.append(f"{label_of(d['group'])} {rounded(middle, (high - low) / 2, sign=True)}")
+    return [f"Mean slope of log {title_of(metric)} on log N over the ladder: {'; '.join(out)}."] if out else []
 
 
 def _best(doc: Document, metric: str) -> str | None:

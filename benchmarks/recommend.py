@@ -121,8 +121,8 @@ def main() -> None:
 
 `python benchmarks/recommend.py --draws {args.draws}`: 6 sizes x 3 ratios at {NOISE:.1%} noise, then
 {BUDGET:g} times that ladder's price spent twice: as `recommend` says, and in whole passes over the ladder. Half-widths
-are of the refitted 95 % interval of alpha, and of the log of the loss at 10 x the largest compute; the ratio is that of the
-even spread's to the advice's.
+are of the refitted 95 % interval of alpha, and of the log of the loss at 10 x the largest compute; the ratio is
+that of the even spread's to the advice's.
 
 | truth | goal | advice | even spread | median ratio | 10 to 90 % |
 |---|---|---|---|---|---|
