@@ -140,10 +140,10 @@ def test_a_killed_worker_is_replaced(cheap_sweep, runs):
 def test_workers_of_a_killed_launcher_are_adopted(cheap_sweep, runs):
     first = Launcher(cheap_sweep.path, runs)
     wait_for_steps(runs, 5)
+    eventually(lambda: len(worker_pids(runs)) == WORKERS)
+    orphans = set(worker_pids(runs))
     first.process.kill()
     first.process.wait()
-    orphans = set(worker_pids(runs))
-    assert len(orphans) == WORKERS
     second = Launcher(cheap_sweep.path, runs)
     assert second.wait() == 0
     assert_whole(runs, cheap_sweep.run_ids)
@@ -244,7 +244,7 @@ def test_cancel_stops_the_launcher_and_its_workers(cheap_sweep, runs):
 
 def test_cancel_stops_orphans_too(cheap_sweep, runs):
     launcher = Launcher(cheap_sweep.path, runs)
-    wait_for_steps(runs, 5)
+    eventually(lambda: len(worker_pids(runs)) == WORKERS)
     launcher.process.kill()
     launcher.process.wait()
     assert local.cancel(runs, cheap_sweep.name) == WORKERS
