@@ -10,6 +10,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
+def _read_once(path: Path) -> dict[str, Any]:
+    """`read_yaml` for files that every run of a sweep names: parsing them a thousand times takes half a minute."""
+    return _unchanged(path, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@lru_cache
+def _unchanged(path: Path, modified: int) -> dict[str, Any]:
+    return read_yaml(path)
+
+
 def load_world(name: str) -> WorldSpec:
     """A row of sweeps/worlds.yaml by name, or a world of the user's own from a YAML file with WorldSpec's fields."""
     if name.endswith((".yaml", ".yml")):
-        return from_dict(WorldSpec, read_yaml(Path(name)), name)
+        return from_dict(WorldSpec, _read_once(Path(name)), name)
     path = SWEEPS / "worlds.yaml"
-    rows = read_yaml(path)
+    rows = _read_once(path)
     if name not in rows:
         raise InvalidInput(unknown_key(name, rows, str(path)))
     return from_dict(WorldSpec, rows[name], f"{path}: {name}")
