@@ -56,7 +56,7 @@ def test_the_store_equals_the_files_number_for_number(runs, mirror):
     assert stored.data.metrics["val_loss"] == record["val_loss"]
     assert stored.data.metrics["val_loss_se"] == record["val_loss_se"]
     assert stored.info.status == "FINISHED"
-    assert stored.data.params["train.lr"] == str(0.004)
+    assert float(stored.data.params["train.lr"]) == record["lr"]
     names = {a.path for a in mirror._client.list_artifacts(stored.info.run_id)}
     assert {"spec.json", "record.json", "log.txt"} <= names
 
