@@ -92,7 +92,9 @@ def reconcile(states: list[RunState], runs_dir: Path) -> list[RunState]:
         queue = live(runs_dir)
     except NoScheduler:
         return states
-    unsettled = [s for s in states if s.state not in (*OVER, "running") and s.planned.spec.trunk_id in last]
+    # A run without a folder was never submitted, though its trunk may have been, for others.
+    settled_already = (*OVER, "running", "planned")
+    unsettled = [s for s in states if s.state not in settled_already and s.planned.spec.trunk_id in last]
     gone = {last[s.planned.spec.trunk_id] for s in unsettled if s.planned.spec.trunk_id not in queue}
     ends = _ends(gone) if gone else {}
     settled = {s.planned.spec.id: _settle(s, queue, last, ends) for s in unsettled}

@@ -71,6 +71,9 @@ class Launch:
                 found[f"{content['job']}_{index}" if len(content["tasks"]) > 1 else content["job"]] = trunks[0]
         return found
 
+    def specs(self) -> list[str]:
+        return [path.parent.name for path in self.runs.glob("*/spec.json")]
+
     def finished(self) -> int:
         return len(list(self.runs.glob("*/record.json")))
 
@@ -133,7 +136,7 @@ def test_whatever_happens_to_its_jobs_the_sweep_ends_as_the_undisturbed_one(subm
     sync(launch.runs, server.uri)
     assert "submitted 1 tasks" in launch("submit"), "only what was cancelled is submitted again"
     eventually(lambda: launch.finished() == 8, "all runs finished", PATIENCE)
-    assert {row["state"] for row in launch.states().values()} == {"done"}
+    assert {run_id: row["state"] for run_id, row in launch.states().items()} == dict.fromkeys(launch.specs(), "done")
     assert "Requeued job" in _log(launch, preempted), "submitit did not requeue the preempted task"
     for run_dir in victims.values():
         starts = [int(step) for step, _ in TRAINING.findall((run_dir / "log.txt").read_text())]
@@ -230,4 +233,6 @@ def test_a_thousand_runs_are_submitted_watched_and_cancelled_in_seconds(slurm, t
         assert "1000 processes and tasks stopped" in launch("cancel")
         assert not launch.queue()
     finally:
+        # Before the partition opens: whatever went wrong, a thousand tasks must not start.
+        slurm.ask("scancel", "--name=many", check=False)
         slurm.ask("scontrol", "update", "PartitionName=high", "State=UP")
