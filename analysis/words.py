@@ -21,6 +21,8 @@ def digits(value: float | None, figures: int = 4) -> str:
         return "–"
     if value != 0 and (abs(value) >= 1e6 or abs(value) < 1e-4):
         return f"{value:.{figures - 1}e}"
+    if abs(value) >= 10**figures:
+        return f"{value:.0f}"
     return f"{value:#.{figures}g}".rstrip(".")
 
 
