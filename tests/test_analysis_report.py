@@ -19,7 +19,7 @@ from analysis.report import build
 from analysis.simulate import ARMS, LADDER, ladder
 from analysis.study import Choice, study
 from analysis.table import prepare
-from analysis.words import digits, rounded
+from analysis.words import digits, rounded, summary
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,8 +119,19 @@ def test_no_headline_beyond_what_the_data_carry(results: Path) -> None:
     top = (results / "report/report.md").read_text().split("##")[0]
     for said in re.findall(r"(\d\.\d+) ± (\d\.\d+) \(", top):
         assert float(said[1]) <= 0.1
-    silent = [f for f in doc["fits"] if f["metric"] == "val_loss" and not f["headline"] and f["law"] == "power-floor"]
-    assert silent and "The data carry no exponent" in top
+    doc["fits"] = [{**f, "headline": []} for f in doc["fits"]]
+    assert "± " in top and "that the data carry" not in " ".join(summary(doc))
+    assert "The data carry no exponent" in " ".join(summary(doc))
+
+
+def test_the_headline_takes_the_better_law_first(results: Path) -> None:
+    """A worse law with narrower intervals must not speak for the data."""
+    doc = json.loads((results / "laws.json").read_text())
+    joint = [f for f in doc["fits"] if f["metric"] == "val_loss" and len(f["axes"]) == 2]
+    for f in joint:
+        f["headline"], f["aicc"] = (["alpha_N"], 9.0) if f["law"] == "kaplan" else ([], -9.0)
+    doc["fits"] = joint
+    assert "kaplan" not in " ".join(summary(doc))
 
 
 def test_a_second_run_of_the_command_is_deterministic(results: Path, tmp_path: Path) -> None:
