@@ -50,12 +50,14 @@ def _headlines(doc: Document, metric: str) -> list[str]:
     out, silent = [], []
     for m in measured(doc, metric):
         fits = [f for f in doc["fits"] if f["metric"] == metric and f["group"] == m["group"] and f["axes"] != ["c"]]
-        carried = [f for f in fits if f["headline"]]
+        # first the law, of the joint ones the better by AICc, then what it carries: not the law that claims most
+        joint = [f for f in fits if len(f["axes"]) > 1 and f["aicc"] is not None]
+        chosen = [min(joint, key=lambda f: f["aicc"])] if joint else []
+        carried = [f for f in (*chosen, *(f for f in fits if len(f["axes"]) == 1)) if f["headline"]]
         if not carried:
             silent.append(label_of(m["group"]))
             continue
-        # of the joint laws, which rest on the same runs, the better one by AICc; else the law in N
-        best = min(carried, key=lambda f: (-f["n_runs"], f["aicc"] if f["aicc"] is not None else math.inf))
+        best = carried[0]
         values = (f"{EXPONENTS[k]} {rounded(best['params'][k], best['half_widths'][k])}" for k in best["headline"])
         out.append(f"{label_of(m['group'])} {', '.join(values)} ({best['law']})")
     lines = [f"Exponents of {title_of(metric)} that the data carry: {'; '.join(out)}."] if out else []
