@@ -84,10 +84,11 @@ def cheap(spec: RunSpec, run_dir: Path, placement: Placement, should_stop: Calla
         # Noted before it is kept: a death in between repeats the step, and loses no line that a test counts.
         with open(run_dir.parent / "steps.txt", "a") as file:
             file.write(f"{time.time():.4f} {os.getpid()} {spec.id} {step}\n")
+        if (run_dir / "vanish").exists():
+            # Before its state is kept: however often it starts, it never gets further.
+            os._exit(9)
         write_json(run_dir / "state.json", state)
         folder.set_status("running", phase="train", step=step, steps=STEPS)
-        if (run_dir / "vanish").exists():
-            os._exit(9)
         if (run_dir / "crash").exists():
             raise Crash("first line\nthe last line")
         if should_stop():
