@@ -8,9 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fluidscale.evaluate import loss
-from fluidscale.evaluate.loss import ValidationLikelihood, ValidationLoss, likelihood_view, ratio, validation_batch
+from fluidscale.evaluate import likelihood
+from fluidscale.evaluate.likelihood import (
+    LOG_SNRS,
+    StepwiseLikelihood,
+    ValidationLikelihood,
+    likelihood_view,
+    own_schedule,
+    raster_schedule,
+)
+from fluidscale.evaluate.loss import ValidationLoss, ratio
 from fluidscale.evaluate.protocol import Subject
+from fluidscale.evaluate.validation import DRAWS, stack, validation_batch
 from fluidscale.model.build import build
 from fluidscale.model.order import Random
 from fluidscale.model.transformer import Text
@@ -66,8 +75,8 @@ def test_a_random_order_is_measured_by_its_stepwise_conditionals(subject_of):
     rng = torch.Generator().manual_seed(1)
     with torch.inference_mode():
         estimates = []
-        for draw in range(loss._DRAWS):
-            view = loss.stack([likelihood_view(subject.model.order, length, draw, rng) for _ in range(repeats)])
+        for draw in range(DRAWS):
+            view = stack([likelihood_view(subject.model.order, length, draw, rng) for _ in range(repeats)])
             nats = subject.model.nll(many, words, view, rng) * view.counted
             estimates.append(length * nats.sum(1) / view.counted.sum(1))
         estimate = torch.stack(estimates).mean(0)
@@ -79,6 +88,85 @@ def test_a_random_order_is_measured_by_its_stepwise_conditionals(subject_of):
     error = math.sqrt(estimate.var().item() / repeats + stepwise.var().item() / repeats)
     assert abs(estimate.mean() - stepwise.mean()).item() < 4 * error
     assert error < 0.01 * stepwise.mean().item()
+
+
+RASTER = StepwiseLikelihood("val_nll_raster_order", raster_schedule)
+K_STEPS = StepwiseLikelihood("val_nll_k_steps", own_schedule)
+
+
+def with_steps(subject: Subject, num_steps: int) -> Subject:
+    sampling = dataclasses.replace(subject.spec.evaluate.sampling, num_inference_steps=num_steps)
+    evaluate = dataclasses.replace(subject.spec.evaluate, sampling=sampling)
+    return dataclasses.replace(subject, spec=dataclasses.replace(subject.spec, evaluate=evaluate))
+
+
+@pytest.mark.parametrize(("evaluator", "num_steps"), [(RASTER, 16), (K_STEPS, 5)])
+def test_a_fixed_schedule_is_the_sum_of_the_models_stepwise_conditionals(subject_of, evaluator, num_steps):
+    subject = with_steps(subject_of("discrete-random", val_images=3), num_steps)
+    score = only(evaluator(subject))
+    tokens, text = validation_batch(subject, 0, 3)
+    totals = []
+    for image in range(3):
+        known, total = torch.zeros(1, 16, dtype=torch.bool), 0.0
+        for written in evaluator.schedule(subject, image):
+            with torch.inference_mode():
+                words = Text(text.values[image : image + 1], text.mask[image : image + 1])
+                view = subject.model.order.view(known)
+                z = subject.model(view, tokens[image : image + 1], words)[0]
+                logits = subject.model.head.classifier(z).double().log_softmax(-1)
+            total -= sum(float(logits[p, tokens[image, p]]) for p in written.tolist())
+            known[0, written] = True
+        assert known.all()
+        totals.append(total)
+    assert score.value == pytest.approx(np.mean(totals), rel=1e-5)
+    assert score.se == pytest.approx(np.std(totals, ddof=1) / math.sqrt(3), rel=1e-3)
+    steps = score.extra["by_step"]["n"]
+    assert score.extra["steps"] == len(steps) == num_steps and sum(steps) == 3 * 16
+
+
+def test_of_a_long_schedule_one_step_of_each_stratum_stands_for_the_others(subject_of, monkeypatch):
+    monkeypatch.setattr(likelihood, "STEPS", 4)
+    subject = subject_of("discrete-random", val_images=256)
+    few = only(RASTER(subject))
+    monkeypatch.setattr(likelihood, "STEPS", 16)
+    whole = only(RASTER(subject))
+    assert few.extra["steps_measured"] == 4 and few.protocol != whole.protocol
+    assert abs(few.value - whole.value) < 3 * few.se and whole.se < few.se < 4 * whole.se
+
+
+def test_one_step_at_a_time_is_what_val_nll_estimates(subject_of):
+    """With as many steps as tokens the sampler's schedule and the mean over orders are the same quantity."""
+    subject = with_steps(subject_of("discrete-random", val_images=256), 16)
+    a, b = only(ValidationLikelihood()(subject)), only(K_STEPS(subject))
+    assert abs(a.value - b.value) < 4 * math.hypot(a.se, b.se)
+    together = only(K_STEPS(with_steps(subject, 1)))
+    assert together.extra["steps"] == 1 and together.protocol != b.protocol
+
+
+def test_a_causal_order_has_no_schedule_but_its_own(subject_of):
+    spec = subject_of("discrete-raster").spec
+    assert ValidationLikelihood().wanted(spec) and not RASTER.wanted(spec) and not K_STEPS.wanted(spec)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_tables_say_where_the_nats_are(subject_of, arm):
+    subject = subject_of(arm, val_images=32)
+    score = only(ValidationLikelihood()(subject))
+    by_position = score.extra["by_position"]
+    assert len(by_position["mean"]) == 16 and min(by_position["n"]) > 0
+    if arm.endswith("raster"):
+        assert sum(by_position["mean"]) == pytest.approx(score.value, rel=1e-6)
+        assert score.extra["by_known"] == by_position
+    assert ("by_log_snr" in score.extra) is arm.startswith("continuous")
+    if "by_log_snr" in score.extra:
+        noise = score.extra["by_log_snr"]
+        assert len(noise["mean"]) == len(LOG_SNRS) and all(value > 0 for value in noise["mean"])
+        assert score.extra["log_snr_ends"] == [-9.0, 9.0]
+        scale = subject.tokenizer.network.scale
+        assert score.extra["log_det_scaling"] == pytest.approx(16 * float(scale.double().log().sum()))
+    loss = only(ValidationLoss()(subject)).extra["by_position"]
+    counted = sum(n * mean for n, mean in zip(loss["n"], loss["mean"], strict=True)) / sum(loss["n"])
+    assert counted == pytest.approx(only(ValidationLoss()(subject)).value, rel=1e-9)
 
 
 def test_prefix_lengths_are_stratified_and_uniform():
@@ -115,10 +203,10 @@ def test_everything_random_is_common_to_all_sizes(subject_of, arm, monkeypatch):
         return seen
 
     small, large = shown(), shown(width=32, num_heads=2, depth=1)
-    assert len(small) == len(large) == loss._DRAWS
+    assert len(small) == len(large) == DRAWS
     for a, b in zip(small, large, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True)) and a[3] == b[3]
-    assert len({view[1].numpy().tobytes() for view in small}) == loss._DRAWS
+    assert len({view[1].numpy().tobytes() for view in small}) == DRAWS
 
 
 def test_validation_tokens_depend_on_the_image_alone(subject_of):
@@ -180,13 +268,9 @@ class Known:
         return moments
 
 
-# Fitted for seconds only: what is asked is a bound from below, and that the fit comes near it.
-@pytest.mark.parametrize(
-    ("order", "codes", "slack"), [("raster", 4, 0.05), ("random", 4, 0.15), ("raster", 0, 0.6), ("random", 0, 0.9)]
-)
-def test_a_fitted_model_stays_above_the_entropy_and_comes_near(tiny_spec, tmp_path, order, codes, slack):
-    torch.manual_seed(0)
-    model_spec = ModelSpec(
+def known_model(order: str, codes: int) -> ModelSpec:
+    """A model for the pictures of `Known`."""
+    return ModelSpec(
         token_kind="discrete" if codes else "continuous",
         order=order,
         depth=1,
@@ -202,6 +286,73 @@ def test_a_fitted_model_stays_above_the_entropy_and_comes_near(tiny_spec, tmp_pa
         mask_law="uniform" if order == "random" else "none",
         head=None if codes else DiffusionSpec(32, 1, "v", 2),
     )
+
+
+class ExactDenoiser(torch.nn.Module):
+    """The best possible network for tokens that are N(mean, std^2), whatever z says."""
+
+    def __init__(self, objective, mean: float, std: float) -> None:
+        super().__init__()
+        self.objective, self.mean, self.std = objective, mean, std
+
+    def forward(self, x, times, which, z):
+        name = type(self.objective).__name__
+        t = times.double()
+        if name == "Epsilon":
+            steps = np.interp(t.numpy(), np.arange(1000), self.objective._log_snr)
+            log_snr = torch.from_numpy(steps)
+            alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+        elif name == "Velocity":
+            alpha, sigma = torch.cos(t / 1000 * math.pi / 2), torch.sin(t / 1000 * math.pi / 2)
+        else:
+            alpha, sigma = 1 - t / 1000, t / 1000
+        alpha, sigma = (part.to(x)[which][..., None] for part in (alpha, sigma))
+        shrunk = (x - alpha * self.mean) / (alpha**2 * self.std**2 + sigma**2)
+        noise, clean = sigma * shrunk, self.mean + alpha * self.std**2 * shrunk
+        if name == "Epsilon":
+            return torch.cat([noise, torch.zeros_like(noise)], -1)
+        return alpha * noise - sigma * clean if name == "Velocity" else noise - clean
+
+
+class Independent(Known):
+    """Four independent normals."""
+
+    mean, std = 0.3, 0.6
+
+    def draw(self, rng: np.random.Generator, count: int) -> torch.Tensor:
+        return torch.from_numpy(self.mean + self.std * rng.normal(size=(count, 4, 1))).float()
+
+
+@pytest.mark.parametrize("order", ["raster", "random"])
+@pytest.mark.parametrize("objective", ["eps", "v", "flow"])
+def test_with_an_exact_denoiser_the_bound_is_the_analytic_value(tiny_spec, tmp_path, order, objective):
+    spec = tiny_spec(f"continuous-{order}")
+    model_spec = dataclasses.replace(known_model(order, 0), head=DiffusionSpec(8, 1, objective, 2))
+    truth, network = Independent(0), build(model_spec).eval()
+    network.head.denoiser = ExactDenoiser(network.head.objective, truth.mean, truth.std)
+    evaluate = dataclasses.replace(spec.evaluate, val_images=512)
+    spec = dataclasses.replace(spec, model=model_spec, evaluate=evaluate)
+    subject = Subject(network, truth, spec, truth, tmp_path, torch.device("cpu"))
+    score = only(ValidationLikelihood()(subject))
+    values = torch.cat([validation_batch(subject, first, 64)[0] for first in range(0, 512, 64)])
+    exact = 0.5 * ((values - truth.mean) ** 2 / truth.std**2 + math.log(2 * math.pi * truth.std**2))
+    # Of these very images, so that what is left is the estimator's own error and not that of the draw of images.
+    assert abs(score.value - exact.sum((1, 2)).mean().item()) < 3 * score.se
+    entropy = 2 * math.log(2 * math.pi * math.e * truth.std**2)
+    assert abs(score.value - entropy) < 3 * score.se
+    noise = score.extra["by_log_snr"]
+    for log_snr, error, se in zip(noise["log_snr"], noise["mean"], noise["se"], strict=True):
+        ratio = math.exp(log_snr) * truth.std**2
+        assert abs(error - ratio / (1 + ratio)) < 4 * se + 1e-4
+
+
+# Fitted for seconds only: what is asked is a bound from below, and that the fit comes near it.
+@pytest.mark.parametrize(
+    ("order", "codes", "slack"), [("raster", 4, 0.05), ("random", 4, 0.15), ("raster", 0, 0.6), ("random", 0, 0.9)]
+)
+def test_a_fitted_model_stays_above_the_entropy_and_comes_near(tiny_spec, tmp_path, order, codes, slack):
+    torch.manual_seed(0)
+    model_spec = known_model(order, codes)
     truth, network, rng = Known(codes), build(model_spec), np.random.default_rng(7)
     optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3)
     torch_rng, steps = torch.Generator().manual_seed(0), 300
@@ -220,6 +371,9 @@ def test_a_fitted_model_stays_above_the_entropy_and_comes_near(tiny_spec, tmp_pa
     subject = Subject(network.eval(), truth, spec, truth, tmp_path, torch.device("cpu"))
     score = only(ValidationLikelihood()(subject))
     assert truth.entropy - 3 * score.se < score.value < truth.entropy + slack + 3 * score.se
+    for evaluator in (RASTER, K_STEPS) if order == "random" else ():
+        stepwise = only(evaluator(with_steps(subject, 2)))
+        assert stepwise.value > truth.entropy - 3 * stepwise.se
 
 
 def test_cross_entropy_of_a_fresh_model_is_that_of_guessing(tiny_spec, tmp_path):

@@ -29,7 +29,7 @@ class Counting:
         self.stops_early = False
 
     def wanted(self, spec):
-        return spec.val_images > 0
+        return spec.evaluate.val_images > 0
 
     def protocol(self, subject):
         return protocol_id("depth", guidance=subject.spec.evaluate.sampling.guidance_scale)

@@ -25,7 +25,7 @@ from fluidscale.evaluate.features import IconFeatures, load_features
 from fluidscale.evaluate.generate import draw
 from fluidscale.evaluate.protocol import Metric, Progress, Score, Subject, protocol_id, silent
 from fluidscale.record import write_atomic
-from fluidscale.spec import EvaluateSpec, InvalidInput, canonical
+from fluidscale.spec import InvalidInput, RunSpec, canonical
 from fluidscale.world import World
 
 # Where in the stream of real scenes the captions and the reference begin: far apart, and far from validation's (0).
@@ -42,8 +42,8 @@ class FrechetDistance:
 
     name: str = "fd"
 
-    def wanted(self, spec: EvaluateSpec) -> bool:
-        return spec.fd_images > 0
+    def wanted(self, spec: RunSpec) -> bool:
+        return spec.evaluate.fd_images > 0
 
     def protocol(self, subject: Subject) -> str:
         spec = subject.spec.evaluate

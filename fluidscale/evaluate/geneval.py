@@ -29,7 +29,7 @@ from fluidscale.evaluate.protocol import (
 )
 from fluidscale.evaluate.rules import Verdict, check_prompts, judge
 from fluidscale.record import write_atomic
-from fluidscale.spec import EvaluateSpec, canonical
+from fluidscale.spec import RunSpec, canonical
 from fluidscale.world.captions import TAGS
 from fluidscale.world.prompts import PROTOCOL
 
@@ -114,8 +114,8 @@ class GenEval:
 
     name: str = "geneval"
 
-    def wanted(self, spec: EvaluateSpec) -> bool:
-        return spec.geneval_images_per_prompt > 0
+    def wanted(self, spec: RunSpec) -> bool:
+        return spec.evaluate.geneval_images_per_prompt > 0
 
     def protocol(self, subject: Subject) -> str:
         spec = subject.spec.evaluate

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from fluidscale.spec import EvaluateSpec, RunSpec
+from fluidscale.spec import RunSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,8 +110,8 @@ class Evaluator(Protocol):
     @property
     def name(self) -> str: ...
 
-    def wanted(self, spec: EvaluateSpec) -> bool:
-        """Whether a run's spec asks for it."""
+    def wanted(self, spec: RunSpec) -> bool:
+        """Whether a run's spec asks for it, and its model has it."""
         ...
 
     def protocol(self, subject: Subject) -> str:

@@ -8,12 +8,25 @@ from typing import Any
 
 from fluidscale.evaluate.fid import FrechetDistance
 from fluidscale.evaluate.geneval import GenEval
-from fluidscale.evaluate.loss import ValidationLikelihood, ValidationLoss
+from fluidscale.evaluate.likelihood import (
+    StepwiseLikelihood,
+    ValidationLikelihood,
+    own_schedule,
+    raster_schedule,
+)
+from fluidscale.evaluate.loss import ValidationLoss
 from fluidscale.evaluate.protocol import Evaluator, Metric, Progress, Score, Subject, silent
 from fluidscale.record import read_json, write_json
 from fluidscale.spec import InvalidInput
 
-EVALUATORS: tuple[Evaluator, ...] = (ValidationLoss(), ValidationLikelihood(), GenEval(), FrechetDistance())
+EVALUATORS: tuple[Evaluator, ...] = (
+    ValidationLoss(),
+    ValidationLikelihood(),
+    StepwiseLikelihood("val_nll_raster_order", raster_schedule),
+    StepwiseLikelihood("val_nll_k_steps", own_schedule),
+    GenEval(),
+    FrechetDistance(),
+)
 
 
 def evaluate(subject: Subject, which: Collection[str] | None = None, progress: Progress = silent) -> Iterator[Score]:
@@ -37,11 +50,12 @@ def evaluate(subject: Subject, which: Collection[str] | None = None, progress: P
 
 def chosen(subject: Subject, which: Collection[str] | None) -> list[Evaluator]:
     """The evaluators named, or all that the spec gives images to."""
-    wanted = {e.name: e for e in EVALUATORS if e.wanted(subject.spec.evaluate)}
+    wanted = {e.name: e for e in EVALUATORS if e.wanted(subject.spec)}
     for name in which or ():
         if name not in wanted:
             known = ", ".join(e.name for e in EVALUATORS)
-            reason = "its image count is 0 in the run's spec" if name in known.split(", ") else f"known: {known}"
+            reason = "its image count is 0 in the run's spec, or its order has none"
+            reason = reason if name in known.split(", ") else f"known: {known}"
             raise InvalidInput(f"cannot evaluate {name!r}: {reason}")
     return [e for name, e in wanted.items() if which is None or name in which]
 

@@ -18,7 +18,7 @@ from fluidscale.tokens.networks import FACTOR, KLAutoencoder, VQAutoencoder
 from fluidscale.tokens.shipped import verified
 
 # What scores on this tokenizer's images are to be read against, as named on its card.
-REFERENCES = ("fd_floor", "fd_real_floor", "geneval_ceiling", "geneval_floor")
+REFERENCES = ("fd_floor", "fd_real_floor", "geneval_ceiling", "geneval_floor", "geneval_real")
 # Images per pass through a network: bounds the memory of a call, whatever its size.
 CHUNK = 256
 
@@ -31,6 +31,7 @@ class Tokenizer(Protocol):
     grid: int
     channels: int  # of one token; discrete: 0
     vocab_size: int  # continuous: 0
+    log_scale: float  # nats a token that z-scoring added to a density: the summed logs of the scales; discrete: 0
     sha256: str
     references: dict[str, Any]  # floors and ceilings of scores on its images, as far as they were measured
 
@@ -57,6 +58,7 @@ class KLTokenizer:
         self.network, self.device = network, device
         self.resolution, self.grid, self.channels = card["resolution"], card["grid"], card["channels"]
         self.sha256, self.references = card["sha256"], references(card)
+        self.log_scale = float(network.scale.double().log().sum())
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> Tensor:
@@ -88,6 +90,7 @@ class VQTokenizer:
 
     kind = "discrete"
     channels = 0
+    log_scale = 0.0
 
     def __init__(self, network: VQAutoencoder, card: dict[str, Any], device: torch.device) -> None:
         self.network, self.device = network, device
