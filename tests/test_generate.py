@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +14,16 @@ from safetensors.torch import save_file
 
 from fluidscale.evaluate import Subject, evaluate, fid, generate
 from fluidscale.evaluate.__main__ import main as command
+from fluidscale.evaluate.agreement import agreement
 from fluidscale.evaluate.detect import load_detector
 from fluidscale.evaluate.features import load_features
 from fluidscale.evaluate.fid import FrechetDistance, reference_features, scene_captions
-from fluidscale.evaluate.generate import draw, image_seed
+from fluidscale.evaluate.generate import Samples, draw, image_seed
 from fluidscale.evaluate.geneval import GenEval
 from fluidscale.evaluate.grid import contact_sheet
+from fluidscale.evaluate.protocol import Detection
 from fluidscale.evaluate.references import references
+from fluidscale.evaluate.rules import Verdict
 from fluidscale.model.build import build
 from fluidscale.spec import InvalidInput, to_json
 from fluidscale.tokens.image import load_tokenizer
@@ -149,6 +153,31 @@ def test_geneval_and_distance_of_a_fresh_model(subject):
     assert list(line) == ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
     assert json.loads(line["metadata"])["include"] and isinstance(json.loads(line["details"]), dict)
     assert (subject.run_dir / "samples" / "grid.png").exists()
+
+
+def test_two_detectors_are_compared_on_the_images_already_drawn(subject, monkeypatch):
+    subject = dataclasses.replace(subject, world=FewPrompts(subject.spec.data.world))
+    list(evaluate(subject, ["geneval"]))
+    drawn = count_drawn(monkeypatch)
+    (score,) = evaluate(subject, ["detector_agreement"])
+    assert drawn == [] and score.metric.name == "detector_agreement"
+    # An untrained model's images are wrong to both: agreement is high, and kappa says that this is worth nothing.
+    assert score.value > 0.8 and 0 <= score.extra["same_objects"] <= 1
+    assert len(set(score.extra["detectors_sha256"])) == 2
+    assert score.extra["kappa"] is None or score.extra["kappa"] <= 1
+
+
+def test_agreement_counts_verdicts_and_takes_chance_out():
+    rows = tuple({"tag": "colors", "prompt": str(k // 2)} for k in range(8))
+    first = [Verdict(k < 4, "", {}) for k in range(8)]
+    second = [Verdict(k < 4 or k == 7, "", {"cat": [Detection("cat", 0.9, (0, 0, 1, 1))]}) for k in range(8)]
+    score = agreement(Samples(Path(), rows), [first, second], "p", ["a", "b"])
+    assert score.value == 7 / 8 and score.extra["scores"] == [0.5, 5 / 8]
+    assert score.extra["kappa"] == pytest.approx((7 / 8 - 0.5) / 0.5)
+    assert (score.extra["only_first_right"], score.extra["only_second_right"]) == (0, 1)
+    assert score.extra["same_objects"] == 0.0
+    same = agreement(Samples(Path(), rows), [first, first], "p", ["a", "b"])
+    assert same.value == same.extra["kappa"] == same.extra["same_objects"] == 1.0 and same.se == 0.0
 
 
 def test_reference_features_are_shared_and_checked(subject):

@@ -100,12 +100,19 @@ def judge_images(
     return verdicts
 
 
-def grouped(verdicts: Sequence[Verdict], prompts: Sequence[Mapping[str, Any]]) -> Summary:
-    """Summary of verdicts whose images come from `prompts`; images of one prompt text and tag are one group."""
+def per_prompt(
+    right: Sequence[bool] | np.ndarray, rows: Sequence[Mapping[str, Any]]
+) -> tuple[list[np.ndarray], list[str]]:
+    """`right`, an entry an image, in one array per prompt, with each prompt's tag; images of one text are one group."""
     groups: dict[tuple[str, str], list[bool]] = {}
-    for verdict, prompt in zip(verdicts, prompts, strict=True):
-        groups.setdefault((prompt["tag"], prompt["prompt"]), []).append(verdict.correct)
-    return summarise([np.array(c) for c in groups.values()], [tag for tag, _ in groups])
+    for correct, row in zip(right, rows, strict=True):
+        groups.setdefault((row["tag"], row["prompt"]), []).append(bool(correct))
+    return [np.array(c) for c in groups.values()], [tag for tag, _ in groups]
+
+
+def grouped(verdicts: Sequence[Verdict], prompts: Sequence[Mapping[str, Any]]) -> Summary:
+    """Summary of verdicts whose images come from `prompts`."""
+    return summarise(*per_prompt([verdict.correct for verdict in verdicts], prompts))
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ class GenEval:
         return protocol_id(
             f"geneval-{subject.spec.data.name}-x{spec.geneval_images_per_prompt}-g{spec.sampling.guidance_scale:g}",
             detector=detector.sha256,
-            prompts=[repeated(subject.world.prompts(s), spec.geneval_images_per_prompt) for s in ("seen", "unseen")],
+            prompts=[prompts_of(subject, split) for split in ("seen", "unseen")],
             world=canonical(subject.spec.data.world),
         )
 
@@ -145,17 +152,29 @@ class GenEval:
 
     def _summary(self, subject: Subject, split: str, detector: Detector, progress: Progress) -> Summary | None:
         """Draws and judges one split's prompts; None when the world has none of it."""
-        prompts = repeated(subject.world.prompts(split), subject.spec.evaluate.geneval_images_per_prompt)
-        if not prompts:
+        samples = draw_prompts(subject, split, detector, progress)
+        if samples is None:
             return None
-        # Before anything is drawn: a prompt that cannot be judged would waste the drawing.
-        check_prompts(prompts, detector.classes, detector.colors)
-        samples = draw(subject, split, prompts, progress)
         if split == "seen":
             write_atomic(subject.samples_dir / "grid.png", (samples.folder / "grid.png").read_bytes())
         verdicts = judge_images(samples.images(), samples.rows, detector, progress)
         write_results(samples, verdicts)
         return grouped(verdicts, samples.rows)
+
+
+def prompts_of(subject: Subject, split: str) -> list[Mapping[str, Any]]:
+    """One entry per image of a run's evaluation prompts."""
+    return repeated(subject.world.prompts(split), subject.spec.evaluate.geneval_images_per_prompt)
+
+
+def draw_prompts(subject: Subject, split: str, detector: Detector, progress: Progress) -> Samples | None:
+    """The images of one split's prompts, drawn where they are missing; None when the world has none of it."""
+    prompts = prompts_of(subject, split)
+    if not prompts:
+        return None
+    # Before anything is drawn: a prompt that cannot be judged would waste the drawing.
+    check_prompts(prompts, detector.classes, detector.colors)
+    return draw(subject, split, prompts, progress)
 
 
 def repeated(prompts: Sequence[Mapping[str, Any]], images_per_prompt: int) -> list[Mapping[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from fluidscale.evaluate.agreement import DetectorAgreement
 from fluidscale.evaluate.fid import FrechetDistance
 from fluidscale.evaluate.geneval import GenEval
 from fluidscale.evaluate.likelihood import (
@@ -25,6 +26,7 @@ EVALUATORS: tuple[Evaluator, ...] = (
     StepwiseLikelihood("val_nll_raster_order", raster_schedule),
     StepwiseLikelihood("val_nll_k_steps", own_schedule),
     GenEval(),
+    DetectorAgreement(),
     FrechetDistance(),
 )
 

@@ -24,6 +24,11 @@ def shipped_cards() -> dict[str, dict[str, Any]]:
     return {path.stem: _read_card(path) for path in _shipped()}
 
 
+def exists(name: str) -> bool:
+    """Whether a network of this name is shipped."""
+    return any(path.stem == name for path in _shipped())
+
+
 def card(name_or_path: str) -> dict[str, Any]:
     """The card of a shipped network (`icons32-vae`, or its sha256) or of the user's own (`folder/NAME.safetensors`).
 
