@@ -16,9 +16,12 @@ PORT    ?= 5000
 PROFILE   ?=
 RESOURCES ?=
 PYTHON    ?=
-# RETRY=1 tries failed runs again; MAX_HOURS=2 refuses a plan that takes longer; WATCH=1 keeps `make status` live.
+# RETRY=1 tries failed runs again; MAX_HOURS=2 refuses a plan that takes longer; MAX_GPU_HOURS=100 asks before a sweep
+# uses more; DRY_RUN=1 prints what would go to sbatch; WATCH=1 keeps `make status` live.
 RETRY     ?=
 MAX_HOURS ?=
+MAX_GPU_HOURS ?=
+DRY_RUN   ?=
 WATCH     ?=
 
 VENV := .venv
@@ -29,6 +32,7 @@ DEV  := $(VENV)/.dev
 CHOICE := --size $(SIZE) --arm $(ARM) --cluster $(CLUSTER) --runs $(RUNS) --results $(RESULTS) \
 	$(if $(PROFILE),--profile $(PROFILE)) $(if $(RESOURCES),--resources $(RESOURCES)) $(if $(MAX_HOURS),--max-hours $(MAX_HOURS))
 LAUNCH := $(PY) -m slurm.launch
+SUBMIT := $(if $(RETRY),--retry-failed) $(if $(MAX_GPU_HOURS),--max-gpu-hours $(MAX_GPU_HOURS)) $(if $(DRY_RUN),--dry-run)
 TABLE  := $(RESULTS)/$(SWEEP)/runs.csv
 # One thread a test process: several of them share the cores.
 TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
@@ -42,10 +46,10 @@ help:  ## this list
 	@echo "               make plan SWEEP=fluid        make status WATCH=1        make sweep CLUSTER=slurm"
 
 sweep: $(TRAIN)  ## train, evaluate, collect, fit and report what is missing of SWEEP (SIZE= ARM= CLUSTER=)
-	@$(LAUNCH) submit $(SWEEP) $(CHOICE) $(if $(RETRY),--retry-failed)
+	@$(LAUNCH) submit $(SWEEP) $(CHOICE) $(SUBMIT)
 
 smoke: $(TRAIN)  ## the same chain in minutes: it shows that the plumbing holds
-	@$(LAUNCH) submit smoke $(CHOICE) $(if $(RETRY),--retry-failed)
+	@$(LAUNCH) submit smoke $(CHOICE) $(SUBMIT)
 
 plan: $(BASE)  ## what SWEEP would run and what it would cost; spends nothing
 	@$(LAUNCH) plan $(SWEEP) $(CHOICE)

@@ -31,6 +31,7 @@ class Placement:
     branch_steps: tuple[int, ...] = ()  # steps at which siblings leave the trunk: their checkpoints are kept
     peak_flops: float = 0.0  # of the device, per second; 0: unknown, mfu stays empty
     data_dir: str = ""  # encoded shards; empty: <runs>/data
+    evaluate: bool = True  # False: training only, another job evaluates
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

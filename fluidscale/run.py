@@ -28,8 +28,8 @@ log = logging.getLogger("fluidscale.run")
 
 def run(
     spec: RunSpec, run_dir: Path, placement: Placement | None = None, should_stop: Callable[[], bool] = lambda: False
-) -> dict[str, Any]:
-    """Computes what is missing of one run and returns its row.
+) -> dict[str, Any] | None:
+    """Computes what is missing of one run and returns its row; None where the placement leaves evaluation to another.
 
     A non-finite loss ends as a finished row with status `diverged`. Raises `Stopped` when `should_stop` said so, and
     whatever went wrong otherwise, after writing status `failed` with the reason.
@@ -64,7 +64,9 @@ def _claim(folder: RunFolder, spec: RunSpec, placement: Placement) -> None:
     folder.set_status("running", phase="start", steps=spec.train.steps)
 
 
-def _compute(spec: RunSpec, folder: RunFolder, placement: Placement, should_stop: Callable[[], bool]) -> dict[str, Any]:
+def _compute(
+    spec: RunSpec, folder: RunFolder, placement: Placement, should_stop: Callable[[], bool]
+) -> dict[str, Any] | None:
     import torch
 
     from fluidscale.evaluate import Subject, evaluate
@@ -82,6 +84,9 @@ def _compute(spec: RunSpec, folder: RunFolder, placement: Placement, should_stop
     try:
         if not folder.weights.exists():
             _train(spec, folder, placement, world, tokenizer, should_stop)
+        if not placement.evaluate:
+            folder.set_status("trained", phase="evaluate", step=spec.train.steps)
+            return None
         cost = read_json(folder.checkpoints / "cost.json") or {}
         seconds, tokens_per_s = cost["seconds"], cost["tokens_per_s"]
         folder.set_status("running", phase="evaluate")
@@ -293,7 +298,8 @@ def main(argv: list[str] | None = None) -> int:
     except InvalidInput as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{record['status']}: {arguments.dir / 'record.json'}")
+    if record is not None:
+        print(f"{record['status']}: {arguments.dir / 'record.json'}")
     return 0
 
 

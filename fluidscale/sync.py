@@ -41,12 +41,15 @@ def sweeps_of(runs: Path) -> dict[str, str]:
 
 def level(mirror: Mirror, runs: Path) -> int:
     """Pushes every run folder once; returns how many could not be, each with a warning."""
+    from fluidscale.train.tracking import without_secrets
+
     sweeps, failures = sweeps_of(runs), 0
     for spec in sorted(runs.glob("*/spec.json")):
         try:
             mirror.push(spec.parent, sweeps.get(spec.parent.name, NO_SWEEP))
         except Exception as error:  # any fault of the tracker's: said, counted, tried again at the next pass
-            log.warning("%s: not mirrored (%s)", spec.parent.name, str(error).strip().splitlines()[0][:200])
+            reason = without_secrets(str(error).strip()).splitlines()[:1]
+            log.warning("%s: not mirrored (%s)", spec.parent.name, (reason or [type(error).__name__])[0][:200])
             failures += 1
     return failures
 

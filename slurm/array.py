@@ -1,144 +1,182 @@
-"""SLURM through submitit: trunks are tasks of arrays, an array a placement, and submitit alone owns their requeue."""
+"""Submission to SLURM through submitit: trunks are tasks of arrays, an array a placement and stage.
+
+    training  ->  evaluation, where it has jobs of its own  ->  the sweep's last job: mirror, collect, fit, report
+
+Everything here can be said again: what is in the queue already, or finished, is not submitted a second time.
+"""
 
 from __future__ import annotations
 
 import os
 import shlex
-import signal
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from submitit import AutoExecutor
-from submitit.helpers import DelayedSubmission, clean_env
-from submitit.slurm.slurm import SlurmJobEnvironment
+from submitit import SlurmExecutor
+from submitit.helpers import clean_env
 
-from fluidscale.folder import RunFolder
 from fluidscale.record import git_revision
 from slurm import layout, scheduler
-from slurm.job import Execute, Queue, Stopped, StopSignal, execute, is_over, load_queue, train_trunk
+from slurm.job import EVALUATE, TRAIN, WHOLE, Queue
 from slurm.placement import Profile
 from slurm.plan import Plan
 from slurm.snapshot import snapshot
+from slurm.task import NOTICE_SECONDS, Conclusion, TrunkTask, is_finished
 
 # Most clusters allow arrays of at most 1001 tasks (slurm.conf, MaxArraySize).
 _ARRAY_TASKS = 1000
 # In the last ten minutes of a job every preemption looks like a time-out to submitit, which allows three of them.
 _TIMEOUTS = 1_000_000
-# SLURM's notice before a job's time is over: long enough for the step, the checkpoint and the requeue.
-_NOTICE_SECONDS = 90
-# A requeued task may start before the last process of its former life is dead, and a dead node's locks are freed late.
-_HANDOVER_SECONDS = 300.0
-# After SIGTERM, SLURM decides what becomes of the job: the end (scancel) or the queue (preemption).
-_LAST_WORD_SECONDS = 300.0
+# Of the last job: it reads files and fits curves.
+_CONCLUSION_MINUTES = 120
 
 
-class TrunkTask:
-    """Trains some trunks of a queue. When SLURM takes the node away, the same task goes back into the queue.
+@dataclass(frozen=True)
+class Array:
+    """One sbatch call: tasks, each of some trunks, on one placement in one stage."""
 
-    It carries no state: the runs resume from their newest checkpoint on disk, also after a death without warning.
+    profile: Profile
+    stage: str
+    tasks: tuple[tuple[str, ...], ...]
+    after: str = ""  # sbatch's --dependency
+
+    def parameters(self) -> dict[str, Any]:
+        """Of sbatch, as submitit takes them."""
+        profile = self.profile
+        named = {key: getattr(profile, key) for key in ("partition", "account", "qos", "constraint")}
+        waiting = {"dependency": self.after, "additional_parameters": {"kill-on-invalid-dep": "yes"}}
+        return {
+            **{key: value for key, value in named.items() if value},
+            **({} if profile.device == "cpu" else {"gpus_per_node": 1}),
+            "time": profile.minutes,
+            "cpus_per_task": profile.threads,
+            "array_parallelism": profile.parallel,
+            # At most a quarter of the job's time: a notice at its start would leave none to work in.
+            "signal_delay_s": min(NOTICE_SECONDS, 15 * profile.minutes),
+            # Since 22.05 srun no longer takes this over from sbatch.
+            "srun_args": [f"--cpus-per-task={profile.threads}"],
+            **(waiting if self.after else {}),
+        }
+
+    def describe(self, name: str) -> str:
+        """What a dry run prints: the lines of its sbatch file that depend on the placement."""
+        known = self.parameters()
+        lines = {"job-name": name, "signal": f"USR2@{known.pop('signal_delay_s')}"}
+        del known["srun_args"]
+        throttle = known.pop("array_parallelism")
+        if len(self.tasks) > 1:
+            lines["array"] = f"0-{len(self.tasks) - 1}%{min(len(self.tasks), throttle)}"
+        lines |= known.pop("additional_parameters", {})
+        lines |= {key.replace("_", "-"): value for key, value in known.items()}
+        trunks = sum(len(task) for task in self.tasks)
+        head = f"{self.stage}: {trunks} trunks in {len(self.tasks)} tasks of profile {self.profile.name}"
+        return "\n".join([head, *(f"#SBATCH --{key}={lines[key]}" for key in sorted(lines))])
+
+
+def submit(plan: Plan, queue: Queue, conclusion: Sequence[str]) -> list[str]:
+    """Submits what is unfinished and not in the queue already; returns the ids of the tasks that train or evaluate.
+
+    `conclusion` are the arguments of the launcher with which the sweep's last job concludes it.
     """
-
-    def __init__(self, queue_path: str, trunk_ids: Sequence[str], restarts: int, execute: Execute = execute) -> None:
-        self.queue_path, self.trunk_ids, self.restarts, self.execute = queue_path, tuple(trunk_ids), restarts, execute
-
-    def __call__(self) -> None:
-        if _restarts() > self.restarts:
-            raise RuntimeError(f"started {_restarts()} times without coming to its end: given up")
-        stop, notice = StopSignal(), _Notice()
-        queue = load_queue(Path(self.queue_path))
-        try:
-            for trunk_id in self.trunk_ids:
-                self._train(queue, trunk_id, stop)
-        except (Stopped, SystemExit):
-            if not stop():
-                raise
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        if stop():
-            notice.leave()
-
-    def checkpoint(self) -> DelayedSubmission:
-        """What submitit puts back into the queue: the same task."""
-        return DelayedSubmission(TrunkTask(self.queue_path, self.trunk_ids, self.restarts, self.execute))
-
-    def _train(self, queue: Queue, trunk_id: str, stop: StopSignal) -> None:
-        deadline = time.monotonic() + _HANDOVER_SECONDS
-        while not stop() and not train_trunk(queue, trunk_id, None, self.execute, stop):
-            if not _restarts() or _finished(queue, trunk_id):
-                print(f"{trunk_id}: finished, or in another worker's hands", flush=True)
-                return
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{layout.trunk_claim(Path(queue.runs_dir), trunk_id)}: held by another worker")
-            time.sleep(1)
-
-
-class _Notice:
-    """SLURM's signals, heard so that nothing is lost: the run stops after its step with a checkpoint, and only then
-    submitit, whose handler would have ended the process in mid-step, puts the task back into the queue.
-    """
-
-    def __init__(self) -> None:
-        number = getattr(signal, f"SIG{SlurmJobEnvironment.USR_SIG}")
-        self._number, self._requeue, self._asked = number, signal.getsignal(number), False
-        if callable(self._requeue):
-            signal.signal(number, self._ask)
-
-    def _ask(self, *_: Any) -> None:
-        self._asked = True
-        signal.raise_signal(signal.SIGTERM)
-
-    def leave(self) -> None:
-        """Ends this process, requeued where SLURM gave notice; on a bare SIGTERM SLURM itself has the last word."""
-        deadline = time.monotonic() + _LAST_WORD_SECONDS
-        while callable(self._requeue) and time.monotonic() < deadline:
-            if self._asked:
-                self._requeue(self._number, None)
-            time.sleep(0.2)
-        sys.exit(128 + signal.SIGTERM)
-
-
-def submit(plan: Plan, queue: Queue, cluster: str) -> list[str]:
-    """Submits what is unfinished and not in the queue already; returns the ids of the tasks.
-
-    `cluster` is slurm, or debug: in this process, one by one.
-    """
-    if cluster == "debug":
-        for trunk_id in queue.trunks:
-            train_trunk(queue, trunk_id, None, execute, lambda: False)
-        return []
     runs_dir = Path(queue.runs_dir)
     with scheduler.submitting(runs_dir):
+        scheduler.adopt(runs_dir)
         there = scheduler.live(runs_dir)
-        waiting = [trunk for trunk in queue.trunks if trunk not in there and not _finished(queue, trunk)]
-        tasks = []
-        for profile, trunk_ids in _by_placement(plan, waiting):
-            packs = _chunks(trunk_ids, profile.trunks_per_task)
-            for chunk in _chunks(packs, _ARRAY_TASKS):
-                tasks += _submit_array(queue, chunk, profile)
-        return tasks
+        new: list[tuple[Array, str]] = []
+        for array in arrays(plan, queue, there):
+            new.append((array, _submit(queue, _after(array, new, there))))
+        last = there.get((scheduler.CONCLUDE, queue.sweep))
+        if new or last is None:
+            if last is not None:
+                # It waits for the tasks of its own launch only.
+                scheduler.scancel([last.job_id])
+            _submit_conclusion(plan, queue, conclusion, {*(job for _, job in new), *_at_work(queue, there)})
+    return [f"{job}_{index}" if len(a.tasks) > 1 else job for a, job in new for index in range(len(a.tasks))]
 
 
-def _submit_array(queue: Queue, packs: Sequence[Sequence[str]], profile: Profile) -> list[str]:
+def arrays(plan: Plan, queue: Queue, there: Mapping[tuple[str, str], object]) -> Iterator[Array]:
+    """What is left to submit: training by placement, and for each such array, where evaluation is apart, its own."""
+    profiles = {run.spec.trunk_id: plan.machine.profile.of(run.spec.size) for run in plan.runs}
+    open_ = [trunk for trunk in queue.trunks if not is_finished(queue, trunk) and (WHOLE, trunk) not in there]
+    trained = [t for t in open_ if (TRAIN, t) in there or is_finished(queue, t, TRAIN)]
+    for profile, trunk_ids in _by_placement(profiles, [trunk for trunk in open_ if trunk not in trained]):
+        for array in _arrays(profile, TRAIN if profile.evaluating else WHOLE, trunk_ids):
+            yield array
+            if profile.evaluating:
+                yield Array(profile.evaluating, EVALUATE, array.tasks)
+    for profile, trunk_ids in _by_placement(profiles, [t for t in trained if (EVALUATE, t) not in there]):
+        # Trained under a profile that evaluates apart, and now under one that does not: the task finds the weights.
+        yield from _arrays(profile.evaluating or profile, EVALUATE if profile.evaluating else WHOLE, trunk_ids)
+
+
+def _arrays(profile: Profile, stage: str, trunk_ids: Sequence[str]) -> Iterator[Array]:
+    packs = [tuple(pack) for pack in _chunks(trunk_ids, profile.trunks_per_task)]
+    for chunk in _chunks(packs, _ARRAY_TASKS):
+        yield Array(profile, stage, tuple(chunk))
+
+
+def _after(array: Array, new: Sequence[tuple[Array, str]], there: Mapping[tuple[str, str], scheduler.Task]) -> Array:
+    """An evaluation waits for its training: task for task where both are new, else for the tasks at work."""
+    if array.stage != EVALUATE:
+        return array
+    training = next((job for other, job in new if other.stage == TRAIN and other.tasks == array.tasks), None)
+    if training is not None:
+        return replace(array, after=f"{'aftercorr' if len(array.tasks) > 1 else 'afterok'}:{training}")
+    jobs = {there[TRAIN, trunk].job_id for task in array.tasks for trunk in task if (TRAIN, trunk) in there}
+    return replace(array, after=_afterany(jobs))
+
+
+def _afterany(jobs: set[str]) -> str:
+    return f"afterany:{':'.join(sorted(jobs))}" if jobs else ""
+
+
+def _at_work(queue: Queue, there: Mapping[tuple[str, str], scheduler.Task]) -> set[str]:
+    """The tasks in the queue that work for this sweep, also those of another sweep that shares a trunk."""
+    mine = set(queue.trunks)
+    return {task.job_id for (stage, trunk), task in there.items() if stage != scheduler.CONCLUDE and trunk in mine}
+
+
+def _submit(queue: Queue, array: Array) -> str:
+    """One sbatch call; returns the job's number."""
+    overrides: dict[str, Any] = {}
+    if array.stage == EVALUATE:
+        overrides = {"device": array.profile.device, "threads": array.profile.threads}
+    restarts = array.profile.restarts or {}
+    tasks = [TrunkTask(str(queue.path), task, restarts, array.stage, overrides) for task in array.tasks]
+    return _sbatch(queue, array, tasks)
+
+
+def _submit_conclusion(plan: Plan, queue: Queue, arguments: Sequence[str], jobs: set[str]) -> None:
+    profile = plan.machine.profile.of(plan.runs[0].spec.size)
+    profile = replace(profile.evaluating or profile, device="cpu", minutes=_CONCLUSION_MINUTES)
+    after = _afterany(jobs)
+    _sbatch(queue, Array(profile, scheduler.CONCLUDE, ((queue.sweep,),), after), [Conclusion(arguments)])
+
+
+def _sbatch(queue: Queue, array: Array, tasks: Sequence[TrunkTask | Conclusion]) -> str:
     runs_dir = Path(queue.runs_dir)
-    comment = scheduler.announce(runs_dir, queue.sweep, packs)
-    executor = AutoExecutor(layout.worker_logs(runs_dir), cluster="slurm", slurm_max_num_timeout=_TIMEOUTS)
+    comment = scheduler.announce(runs_dir, queue.sweep, array.stage, array.tasks)
+    executor = SlurmExecutor(layout.worker_logs(runs_dir), max_num_timeout=_TIMEOUTS)
+    name = queue.sweep if array.stage in (WHOLE, TRAIN) else f"{queue.sweep}-{array.stage}"
     executor.update_parameters(
-        name=queue.sweep, slurm_comment=comment, slurm_setup=_setup(runs_dir, profile), **_parameters(profile)
+        job_name=name, comment=comment, setup=_setup(runs_dir, array.profile), **array.parameters()
     )
     with _outside_any_job(), executor.batch():
-        jobs = [executor.submit(TrunkTask(str(queue.path), pack, profile.restarts)) for pack in packs]
-    scheduler.submitted(runs_dir, comment, jobs[0].job_id)
-    return [job.job_id for job in jobs]
+        jobs = [executor.submit(task) for task in tasks]
+    job = jobs[0].job_id.partition("_")[0]
+    scheduler.submitted(runs_dir, comment, job)
+    return job
 
 
 def _setup(runs_dir: Path, profile: Profile) -> list[str]:
     """What a job's shell does first: the code is that of the submission, and threads are the placement's."""
     code = shlex.quote(str(snapshot(runs_dir)))
     return [
+        # Whoever may write where we unpickle, or train from, runs code as us.
+        "umask g-w,o-w",
         # Python looks in the working directory first, which was the place of the launch.
         f"cd {code} && export PYTHONPATH={code}",
         f"export FLUIDSCALE_GIT_REV={shlex.quote(git_revision())}",
@@ -146,24 +184,8 @@ def _setup(runs_dir: Path, profile: Profile) -> list[str]:
     ]
 
 
-def _parameters(profile: Profile) -> dict[str, Any]:
-    """Of sbatch, in submitit's spelling."""
-    named = {f"slurm_{key}": getattr(profile, key) for key in ("partition", "account", "qos", "constraint")}
-    return {
-        **{key: value for key, value in named.items() if value},
-        **({} if profile.device == "cpu" else {"gpus_per_node": 1}),
-        "timeout_min": profile.minutes,
-        "cpus_per_task": profile.threads,
-        "slurm_array_parallelism": profile.parallel,
-        "slurm_signal_delay_s": _NOTICE_SECONDS,
-        # Since 22.05 srun no longer takes this over from sbatch.
-        "slurm_srun_args": [f"--cpus-per-task={profile.threads}"],
-    }
-
-
-def _by_placement(plan: Plan, trunk_ids: Sequence[str]) -> list[tuple[Profile, list[str]]]:
+def _by_placement(profiles: Mapping[str, Profile], trunk_ids: Sequence[str]) -> list[tuple[Profile, list[str]]]:
     """Trunks whose sizes are placed alike go into one array."""
-    profiles = {run.spec.trunk_id: plan.machine.profile.of(run.spec.size) for run in plan.runs}
     groups: list[tuple[Profile, list[str]]] = []
     for trunk_id in trunk_ids:
         same = next((group for profile, group in groups if profile == profiles[trunk_id]), None)
@@ -176,14 +198,6 @@ def _by_placement(plan: Plan, trunk_ids: Sequence[str]) -> list[tuple[Profile, l
 
 def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[first : first + size] for first in range(0, len(items), size)]
-
-
-def _finished(queue: Queue, trunk_id: str) -> bool:
-    return all(is_over(RunFolder(Path(queue.runs_dir) / run_id)) for run_id in queue.trunks[trunk_id])
-
-
-def _restarts() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
 @contextmanager

@@ -10,18 +10,20 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fluidscale.folder import RunFolder
 from fluidscale.record import Placement, now, read_json, write_json
 from fluidscale.spec import InvalidInput, RunSpec, from_dict, run_spec_from_json
-from slurm import claim, layout
+from slurm import attempts, claim, layout
+from slurm.budget import Budget
 
-# A run whose process vanished this often at the same step, without an exception, is given up.
-MAX_DEATHS = 3
+# What a worker does of its runs: all of it, or one stage where evaluation has jobs of its own.
+WHOLE, TRAIN, EVALUATE = "whole", "train", "evaluate"
 # What a stopped worker may take to reach the end of its step before it is unwound where it stands.
 STOP_SECONDS = 10.0
 
@@ -40,6 +42,11 @@ class Queue:
     sweep: str
     runs_dir: str
     trunks: dict[str, list[str]]
+    max_gpu_hours: float = 0.0  # of all its runs, spent ones included; 0: no bound
+
+    @property
+    def run_dirs(self) -> list[Path]:
+        return [Path(self.runs_dir) / run_id for run_ids in self.trunks.values() for run_id in run_ids]
 
     @property
     def path(self) -> Path:
@@ -72,6 +79,10 @@ class StopSignal:
     def __call__(self) -> bool:
         return self.received
 
+    def cause(self) -> str:
+        """The end of an attempt that was stopped."""
+        return "stopped"
+
     def _ask(self, *_: Any) -> None:
         if not self.received:
             signal.setitimer(signal.ITIMER_REAL, STOP_SECONDS)
@@ -89,9 +100,10 @@ def work(queue_path: str, slot_number: int, execute: Execute = execute) -> None:
     slot = claim.take(layout.slot(Path(queue.runs_dir), slot_number), facts)
     if slot is None:
         return
+    worker = Worker(queue, stop, execute, slot)
     try:
-        while not stop():
-            free = next((trunk for trunk in queue.trunks if train_trunk(queue, trunk, slot, execute, stop)), None)
+        while not worker.is_stopped():
+            free = next((trunk for trunk in queue.trunks if worker.train(trunk)), None)
             if free is None:
                 return
     except Stopped:
@@ -101,51 +113,88 @@ def work(queue_path: str, slot_number: int, execute: Execute = execute) -> None:
         slot.release()
 
 
-def train_trunk(
-    queue: Queue, trunk_id: str, slot: claim.Claim | None, execute: Execute, stop: Callable[[], bool]
-) -> bool:
-    """Executes the unfinished runs of a trunk; False when there are none, or another worker has it."""
-    runs_dir = Path(queue.runs_dir)
-    run_dirs = [runs_dir / run_id for run_id in queue.trunks[trunk_id]]
-    if all(is_over(RunFolder(run_dir)) for run_dir in run_dirs):
-        return False
-    facts = {"pid": os.getpid(), "launch": queue.launch_id, "sweep": queue.sweep, "since": now(), "trunk": trunk_id}
-    held = claim.take(layout.trunk_claim(runs_dir, trunk_id), facts)
-    if held is None:
-        return False
-    if slot is not None:
-        slot.describe(facts)
-    for run_dir in run_dirs:
-        if not stop():
-            _one(run_dir, queue.launch_id, execute, stop)
-    held.release()
-    return True
+@dataclass(frozen=True)
+class Worker:
+    """The work of one process on trunks of a queue: all of it, or one stage where evaluation has jobs of its own."""
 
+    queue: Queue
+    stop: StopSignal
+    execute: Execute = execute
+    slot: claim.Claim | None = None
+    stage: str = WHOLE
+    restarts: Mapping[str, int] = field(default_factory=dict)  # by cause, how often a run may be started again
+    placement: Mapping[str, Any] = field(default_factory=dict)  # what of it is other than the launcher wrote
 
-def is_over(folder: RunFolder) -> bool:
-    """Whether nothing is left to do for a run: it has its record, or failed and was not asked for again."""
-    return (folder.path / "record.json").exists() or folder.status.get("state") == "failed"
+    def is_stopped(self) -> bool:
+        """Whether no further step may be made: SLURM or somebody said so, or the sweep's hours are used up."""
+        return self.stop() or self._budget.exceeded()
 
+    @cached_property
+    def _budget(self) -> Budget:
+        return Budget(self.queue.run_dirs, self.queue.max_gpu_hours)
 
-def _one(run_dir: Path, launch_id: str, execute: Execute, stop: Callable[[], bool]) -> None:
-    """Executes one run; whatever goes wrong is written into its folder and stays there."""
-    folder = RunFolder(run_dir)
-    if is_over(folder) or _given_up(folder, launch_id):
-        return
-    try:
-        spec, placement = read_job(run_dir)
-        execute(spec, run_dir, placement, stop)
-    except (Stopped, KeyboardInterrupt):
-        folder.set_status("stopped")
-        raise
-    except (Exception, SystemExit) as error:
-        if stop():
-            # Lightning answers SIGTERM, and submitit a preemption, with a SystemExit.
+    def train(self, trunk_id: str) -> bool:
+        """Executes the unfinished runs of a trunk; False when there are none, or another worker has it."""
+        run_dirs = [Path(self.queue.runs_dir) / run_id for run_id in self.queue.trunks[trunk_id]]
+        if all(is_over(RunFolder(run_dir), self.stage) for run_dir in run_dirs):
+            return False
+        facts = {"pid": os.getpid(), "launch": self.queue.launch_id, "sweep": self.queue.sweep, "since": now()}
+        facts["trunk"] = trunk_id
+        held = claim.take(layout.trunk_claim(Path(self.queue.runs_dir), trunk_id, self.stage), facts)
+        if held is None:
+            return False
+        if self.slot is not None:
+            self.slot.describe(facts)
+        for run_dir in run_dirs:
+            if not self.is_stopped():
+                self._one(run_dir)
+        held.release()
+        return True
+
+    def _one(self, run_dir: Path) -> None:
+        """Executes one run; whatever goes wrong is written into its folder and stays there."""
+        folder = RunFolder(run_dir)
+        if is_over(folder, self.stage):
+            return
+        if reason := attempts.exhausted(attempts.bury(folder), self.queue.launch_id, self.restarts):
+            fail(folder, RuntimeError(reason))
+            return
+        attempts.opened(folder, self.queue.launch_id, devices=1)
+        try:
+            self._execute(folder)
+        finally:
+            attempts.closed(folder, self._end(folder))
+
+    def _execute(self, folder: RunFolder) -> None:
+        try:
+            spec, placement = read_job(folder.path)
+            placement = replace(placement, evaluate=self.stage != TRAIN, **self.placement)
+            self.execute(spec, folder.path, placement, self.is_stopped)
+        except (Stopped, KeyboardInterrupt):
             folder.set_status("stopped")
-            if isinstance(error, SystemExit):
-                raise
-        elif folder.status.get("state") != "failed":
-            fail(folder, error)
+            raise
+        except (Exception, SystemExit) as error:
+            if self.is_stopped():
+                # Lightning answers SIGTERM, and submitit a preemption, with a SystemExit.
+                folder.set_status("stopped", error=None if self.stop() else self._budget.reason)
+                if isinstance(error, SystemExit):
+                    raise
+            elif folder.status.get("state") != "failed":
+                fail(folder, error)
+
+    def _end(self, folder: RunFolder) -> str:
+        state = str(folder.status.get("state"))
+        return {"stopped": self.stop.cause() if self.stop() else "stopped", "failed": "error"}.get(state, state)
+
+
+def is_over(folder: RunFolder, stage: str = WHOLE) -> bool:
+    """Whether nothing is left to do for a run: it has its record, or failed and was not asked for again.
+
+    Training is over with the weights; an evaluation that finds none has nothing to do either.
+    """
+    if (folder.path / "record.json").exists() or folder.status.get("state") == "failed":
+        return True
+    return stage != WHOLE and folder.weights.exists() == (stage == TRAIN)
 
 
 def read_job(run_dir: Path) -> tuple[RunSpec, Placement]:
@@ -157,24 +206,6 @@ def read_job(run_dir: Path) -> tuple[RunSpec, Placement]:
     if content is None:
         raise InvalidInput(f"{run_dir}/placement.json is missing; start the sweep again to write it")
     return spec, from_dict(Placement, content, str(run_dir / "placement.json"))
-
-
-def _given_up(folder: RunFolder, launch_id: str) -> bool:
-    """Counts the processes of this launch that vanished while they worked on a run (killed, out of memory)."""
-    path = folder.path / "deaths.json"
-    status = folder.status
-    if status.get("state") != "running":
-        path.unlink(missing_ok=True)
-        return False
-    before = read_json(path) or {}
-    seen = {"launch": launch_id, "step": status.get("step", 0)}
-    deaths = 1 + (before["deaths"] if {key: before.get(key) for key in seen} == seen else 0)
-    write_json(path, {**seen, "deaths": deaths})
-    if deaths < MAX_DEATHS:
-        return False
-    place = f"at step {seen['step']} ({status.get('phase', 'unknown phase')})"
-    fail(folder, RuntimeError(f"its process vanished {deaths} times {place} without an error: out of memory?"))
-    return True
 
 
 def fail(folder: RunFolder, error: BaseException) -> None:

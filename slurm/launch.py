@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,7 +31,7 @@ from rich.text import Text
 from fluidscale.folder import RunFolder
 from fluidscale.spec import InvalidInput
 from fluidscale.sweep import load_sweep
-from slurm import claim, collect, layout, plan, scheduler, status
+from slurm import budget, claim, collect, layout, plan, scheduler, status
 from slurm.live import Bars, PlainLines
 from slurm.mirror import Mirror
 from slurm.placement import CLUSTERS, choose
@@ -56,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="run folders; default: runs")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     parser.add_argument("--max-hours", type=float, metavar="H", help="refuse a plan that takes longer than this")
+    parser.add_argument("--max-gpu-hours", type=float, metavar="H", help="submit: of the whole sweep, what it has used "
+                        "included; asks before it is passed, and workers keep to it")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="submit: print what would go to sbatch; spend nothing")
     parser.add_argument("--retry-failed", action="store_true", help="submit: try runs again that failed")
     parser.add_argument("--watch", action="store_true", help="status: repeat until all runs are over")
     parser.add_argument("--json", action="store_true", help="plan, status: for programs")
@@ -64,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
+    # What others may write, others may make us run: files are their owner's to write.
+    os.umask(os.umask(0o022) | 0o022)
     commands = {"plan": _plan, "submit": _submit, "status": _status, "cancel": _cancel, "collect": _collect}
     try:
         return commands[arguments.command](arguments, _console())
@@ -101,7 +107,9 @@ def _plan(arguments: argparse.Namespace, console: Console) -> int:
 
 def _states(planned: plan.Plan, runs_dir: Path) -> list[status.RunState]:
     """Where every run stands by its files and, where tasks were submitted to SLURM, by its queue."""
-    return scheduler.reconcile(status.read_states(planned, runs_dir), runs_dir)
+    states = scheduler.reconcile(status.read_states(planned, runs_dir), runs_dir)
+    status.write_back(states, runs_dir)
+    return states
 
 
 def _status(arguments: argparse.Namespace, console: Console) -> int:
@@ -152,12 +160,17 @@ def _submit(arguments: argparse.Namespace, console: Console) -> int:
     planned = _load(arguments)
     runs_dir = arguments.runs.resolve()
     plan.check_budget(planned, arguments.max_hours)
+    if arguments.dry_run:
+        return _dry_run(planned, runs_dir, arguments, console)
     missing = [run for run in planned.runs if RunFolder(runs_dir / run.spec.id).record is None]
     plan.check_folder(runs_dir, sum(run.cost.disk_gb for run in missing))
     plan.check_folder(arguments.results, 0)
     console.print(plan.totals(planned), highlight=False, soft_wrap=True)
     if len(missing) < len(planned.runs):
         console.print(f"{len(planned.runs) - len(missing)} of {len(planned.runs)} runs are finished already")
+    if missing:
+        hours = planned.machine.profile.max_gpu_hours if arguments.max_gpu_hours is None else arguments.max_gpu_hours
+        arguments.max_gpu_hours = budget.agreed(planned, _states(planned, runs_dir), hours)
     if missing and (code := _train(planned, runs_dir, arguments, console)) is not None:
         return code
     return _conclude(planned, runs_dir, arguments, console)
@@ -166,18 +179,22 @@ def _submit(arguments: argparse.Namespace, console: Console) -> int:
 def _train(planned: plan.Plan, runs_dir: Path, arguments: argparse.Namespace, console: Console) -> int | None:
     """Trains what is missing; an exit code when the sweep is not to be concluded now."""
     from slurm import local
+    from slurm.job import StopSignal, Worker
 
     launch_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
     held = claim.take(layout.launch(runs_dir, launch_id), local.launch_facts(planned.sweep.name))
     assert held is not None
     try:
-        queue = local.prepare(planned, runs_dir, launch_id, arguments.retry_failed)
-        if arguments.cluster != "local":
+        queue = local.prepare(planned, runs_dir, launch_id, arguments.retry_failed, arguments.max_gpu_hours)
+        if arguments.cluster == "debug":
+            worker = Worker(queue, StopSignal())
+            for trunk_id in queue.trunks:
+                worker.train(trunk_id)
+            return 128 + signal.SIGTERM if worker.stop() else None
+        if arguments.cluster == "slurm":
             from slurm.array import submit
 
-            tasks = submit(planned, queue, arguments.cluster)
-            if arguments.cluster == "debug":
-                return None
+            tasks = submit(planned, queue, _conclusion(arguments))
             console.print(_submitted(tasks, arguments.sweep), highlight=False, soft_wrap=True)
             return 0
         return _supervise(planned, local.Workers(planned.machine, queue), console)
@@ -185,9 +202,49 @@ def _train(planned: plan.Plan, runs_dir: Path, arguments: argparse.Namespace, co
         held.release()
 
 
+def _dry_run(planned: plan.Plan, runs_dir: Path, arguments: argparse.Namespace, console: Console) -> int:
+    """Prints what a submission would hand to sbatch, or to this machine's workers; writes nothing."""
+    console.print(plan.totals(planned), highlight=False, soft_wrap=True)
+    if arguments.cluster != "slurm":
+        left = sum(RunFolder(runs_dir / run.spec.id).record is None for run in planned.runs)
+        console.print(f"{left} runs to train here, on {planned.machine.workers} worker(s)", highlight=False)
+        return 0
+    from slurm.array import arrays
+    from slurm.local import queue_of
+
+    there: dict[tuple[str, str], scheduler.Task] = {}
+    try:
+        there = scheduler.live(runs_dir)
+    except scheduler.NoScheduler as error:
+        console.print(f"what is in the queue already is not known here ({error})", highlight=False, soft_wrap=True)
+    queue = queue_of(planned, runs_dir, "dry-run")
+    for array in arrays(planned, queue, there):
+        print(f"\n{array.describe(queue.sweep)}")
+    print("\nthen, after all of them: the tracker brought level, the table, the fit and the report")
+    return 0
+
+
+def _conclusion(arguments: argparse.Namespace) -> list[str]:
+    """The arguments with which a sweep's last job concludes it, wherever it runs."""
+    there = Path(arguments.sweep)
+    words = ["collect", str(there.resolve()) if there.suffix in (".yaml", ".yml") else arguments.sweep]
+    words += ["--size", arguments.size, "--arm", arguments.arm, "--cluster", arguments.cluster]
+    words += ["--runs", str(arguments.runs.resolve()), "--results", str(arguments.results.resolve())]
+    words += ["--profile", arguments.profile] if arguments.profile else []
+    return words + (["--resources", str(arguments.resources.resolve())] if arguments.resources else [])
+
+
+def conclude(argv: Sequence[str]) -> int:
+    """What a sweep's last job does: the tracker brought level, the table, the fit, the report; 1 when a run failed."""
+    arguments = _parser().parse_args(argv)
+    # A tracker that is down has warned; the files are the truth, and a later sync finds them.
+    subprocess.run([sys.executable, "-m", "fluidscale.sync", str(arguments.runs)], check=False)
+    return _conclude(_load(arguments), arguments.runs, arguments, _console())
+
+
 def _submitted(tasks: Sequence[str], sweep: str) -> str:
     """What a submission did, and how to watch it."""
-    watch = f"watch: make status SWEEP={sweep} CLUSTER=slurm; the table when they are done: make collect"
+    watch = f"watch: make status SWEEP={sweep} CLUSTER=slurm; a last job collects, fits and reports"
     if not tasks:
         return f"nothing to submit: every unfinished run is in the queue already; {watch}"
     return f"submitted {len(tasks)} tasks: {tasks[0]} .. {tasks[-1]}; {watch}"

@@ -10,9 +10,10 @@ def scheduler_dir(runs_dir: Path) -> Path:
     return runs_dir / ".launch"
 
 
-def trunk_claim(runs_dir: Path, trunk_id: str) -> Path:
-    """Held by the worker that trains this trunk."""
-    return scheduler_dir(runs_dir) / "trunks" / f"{trunk_id}.lock"
+def trunk_claim(runs_dir: Path, trunk_id: str, stage: str = "whole") -> Path:
+    """Held by the worker that trains this trunk; evaluation by jobs of its own has a claim of its own."""
+    name = f"{trunk_id}.evaluate" if stage == "evaluate" else trunk_id
+    return scheduler_dir(runs_dir) / "trunks" / f"{name}.lock"
 
 
 def slot(runs_dir: Path, number: int) -> Path:

@@ -63,12 +63,17 @@ def catching_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def prepare(plan: Plan, runs_dir: Path, launch_id: str, retry_failed: bool) -> Queue:
+def queue_of(plan: Plan, runs_dir: Path, launch_id: str, max_gpu_hours: float = 0.0) -> Queue:
+    """The plan's runs by trunk, as workers take them."""
+    trunks = {group[0].spec.trunk_id: [run.spec.id for run in group] for group in plan.trunks}
+    return Queue(launch_id, plan.sweep.name, str(runs_dir), trunks, max_gpu_hours)
+
+
+def prepare(plan: Plan, runs_dir: Path, launch_id: str, retry_failed: bool, max_gpu_hours: float = 0.0) -> Queue:
     """Writes every unfinished run's spec and placement, and the queue that workers read.
 
     Raises InvalidInput when a folder holds another spec than its name says: then its results cannot be trusted.
     """
-    trunks: dict[str, list[str]] = {}
     for group in plan.trunks:
         for run in group:
             folder = RunFolder(runs_dir / run.spec.id)
@@ -80,12 +85,11 @@ def prepare(plan: Plan, runs_dir: Path, launch_id: str, retry_failed: bool) -> Q
                 write_json(folder.path / "placement.json", asdict(run.placement))
                 if retry_failed and folder.status.get("state") == "failed":
                     folder.set_status("queued")
-            trunks.setdefault(run.spec.trunk_id, []).append(run.spec.id)
     # The mirror reads from here which experiment a run belongs to; a filtered launch takes no run out of it.
     members = runs_dir / "sweeps" / f"{plan.sweep.name}.json"
     before = (read_json(members) or {}).get("runs", [])
     write_json(members, {"runs": list(dict.fromkeys([*before, *(run.spec.id for run in plan.runs)]))})
-    queue = Queue(launch_id, plan.sweep.name, str(runs_dir), trunks)
+    queue = queue_of(plan, runs_dir, launch_id, max_gpu_hours)
     queue.save()
     return queue
 

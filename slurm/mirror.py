@@ -65,3 +65,7 @@ class Mirror:
             self._process.kill()
             self._process.wait()
 
+
+def is_remote(uri: str | None) -> bool:
+    """Whether a tracking URI names a server, which any node may speak to."""
+    return uri is not None and uri.partition(":")[0] in ("http", "https", "databricks", "postgresql", "mysql")

@@ -17,6 +17,8 @@ from fluidscale.record import Placement
 from fluidscale.spec import InvalidInput, RunSpec, from_dict, unknown_key
 from fluidscale.sweep import read_yaml
 
+# How a run ends that goes on by itself; `slurm/attempts.py` counts them apart.
+RETRIED = ("preemption", "time_limit", "requeue", "node_failure")
 RESOURCES = Path(__file__).resolve().parent / "resources.yaml"
 CLUSTERS = ("local", "debug", "slurm")
 
@@ -43,7 +45,11 @@ class Profile:
     minutes: int = 1440
     parallel: int = 64
     trunks_per_task: int = 1
-    restarts: int = 100
+    max_gpu_hours: float = 0.0
+    # By cause, how often a run is started again; a cause that is not named has no bound.
+    restarts: dict[str, int] | None = None
+    # The keys that differ for jobs of their own that evaluate; None: evaluated where it was trained.
+    evaluation: dict[str, Any] | None = None
     # Per size, the keys that differ for it.
     sizes: dict[str, dict[str, Any]] | None = None
 
@@ -51,6 +57,14 @@ class Profile:
         """This profile with what it says of one size."""
         keys = {**asdict(self), **(self.sizes or {}).get(size, {}), "sizes": None}
         return from_dict(Profile, keys, f"{self.name}: sizes: {size}")
+
+    @property
+    def evaluating(self) -> Profile | None:
+        """The placement of jobs that evaluate; None where training does it."""
+        if self.evaluation is None:
+            return None
+        keys = {**asdict(self), **self.evaluation, "evaluation": None}
+        return from_dict(Profile, keys, f"{self.name}: evaluation")
 
 
 @dataclass(frozen=True)
@@ -72,11 +86,25 @@ def load_profile(name: str, resources: Path | None = None) -> Profile:
     if name not in rows:
         raise InvalidInput(unknown_key(name, rows, f"--profile: {where}"))
     profile = from_dict(Profile, {"name": name, **rows[name]}, f"{where}: {name}")
+    _check(profile, f"{where}: {name}")
     for size, keys in (profile.sizes or {}).items():
         if not isinstance(keys, dict):
             raise InvalidInput(f"{where}: {name}: sizes: {size}: expected the keys that differ for this size")
-        profile.of(size)
+        _check(profile.of(size), f"{where}: {name}: sizes: {size}")
     return profile
+
+
+def _check(profile: Profile, where: str) -> None:
+    """Raises InvalidInput when a nested key is unknown or of a wrong kind."""
+    for key, value in (("restarts", profile.restarts), ("evaluation", profile.evaluation)):
+        if value is not None and not isinstance(value, dict):
+            raise InvalidInput(f"{where}: {key}: expected keys and values, got {value!r}")
+    for cause, times in (profile.restarts or {}).items():
+        if cause not in RETRIED:
+            raise InvalidInput(unknown_key(cause, RETRIED, f"{where}: restarts"))
+        if not isinstance(times, int) or times < 0:
+            raise InvalidInput(f"{where}: restarts: {cause}: expected a count, got {times!r}")
+    _ = profile.evaluating
 
 
 def choose(cluster: str, name: str | None, resources: Path | None = None) -> Machine:

@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from fluidscale import flops
 from fluidscale.folder import RunFolder
-from fluidscale.record import read_json
-from slurm import claim, layout
+from fluidscale.record import read_json, write_json
+from slurm import attempts, claim, layout
+from slurm.attempts import Attempt
 from slurm.plan import Plan, PlannedRun, count, duration
 
 # A heartbeat from another machine older than this is a death: several times the longest silence of a healthy run.
@@ -32,13 +35,20 @@ class RunState:
     """Where one run stands."""
 
     planned: PlannedRun
-    state: str  # planned | queued | running | lost | stopped | diverged | failed | done
+    state: str  # planned | queued | running | trained | lost | stopped | diverged | failed | done
     step: int
     phase: str
     images_per_s: float | None
     seconds_used: float | None
+    heartbeat: float | None  # seconds since the epoch
+    attempts: tuple[Attempt, ...]
     error: str | None
     scores: dict[str, tuple[float, float | None]]  # metric: value, standard error
+
+    @property
+    def job(self) -> str:
+        """SLURM's id of the task that works on it, or last did; empty outside of SLURM."""
+        return self.attempts[-1].job if self.attempts else ""
 
     @property
     def share(self) -> float:
@@ -62,11 +72,47 @@ class RunState:
 
 def read_states(plan: Plan, runs_dir: Path) -> list[RunState]:
     """The state of every run of the plan, in the plan's order."""
-    held = {
-        trunk_id: claim.is_held(layout.trunk_claim(runs_dir, trunk_id))
-        for trunk_id in {run.spec.trunk_id for run in plan.runs}
-    }
+    held = {trunk_id: _held(runs_dir, trunk_id) for trunk_id in {run.spec.trunk_id for run in plan.runs}}
     return [_read(run, runs_dir / run.spec.id, held[run.spec.trunk_id]) for run in plan.runs]
+
+
+def read_state(run: PlannedRun, runs_dir: Path) -> RunState:
+    """The state of one run as it is now."""
+    return _read(run, runs_dir / run.spec.id, _held(runs_dir, run.spec.trunk_id))
+
+
+def write_back(states: list[RunState], runs_dir: Path) -> None:
+    """Writes into their folders which runs nobody works on any more: the tracker's mirror closes what is closed there.
+
+    Only where nobody has begun again meanwhile, and where this user may.
+    """
+    for state in states:
+        if state.state in ("lost", "stopped"):
+            with contextlib.suppress(OSError):
+                _write_back(state, runs_dir)
+
+
+def _write_back(state: RunState, runs_dir: Path) -> None:
+    folder = RunFolder(runs_dir / state.planned.spec.id)
+    before = folder.status
+    if (before.get("state"), before.get("error")) == (state.state, state.error):
+        return
+    held = [claim.take(path, {}) for path in _claims(runs_dir, state.planned.spec.trunk_id)]
+    # Nobody can begin while the claims are ours; whoever began before them has left a sign of life.
+    if all(held) and folder.status == before and before.get("heartbeat") == state.heartbeat and not folder.record:
+        attempts.bury(folder, "stopped" if state.state == "stopped" else attempts.NODE_FAILURE)
+        write_json(folder.path / "status.json", {**before, "state": state.state, "error": state.error})
+    for each in held:
+        if each is not None:
+            each.release()
+
+
+def _claims(runs_dir: Path, trunk_id: str) -> list[Path]:
+    return [layout.trunk_claim(runs_dir, trunk_id, stage) for stage in ("whole", "evaluate")]
+
+
+def _held(runs_dir: Path, trunk_id: str) -> bool:
+    return any(claim.is_held(path) for path in _claims(runs_dir, trunk_id))
 
 
 def _read(run: PlannedRun, run_dir: Path, trunk_held: bool) -> RunState:
@@ -79,21 +125,31 @@ def _read(run: PlannedRun, run_dir: Path, trunk_held: bool) -> RunState:
     if state == "running" and not _alive(status, trunk_held):
         state = "lost"
     trained = state == "done" or folder.weights.exists()
-    if record:
-        used = record["gpu_hours"] * 3600
-    else:
-        cost = read_json(folder.checkpoints / "cost.json")
-        used = cost["seconds"] if cost else None
+    lives = tuple(attempts.read(folder))
     return RunState(
         planned=run,
         state=state,
         step=run.spec.train.steps if trained else int(status.get("step", 0)),
         phase=str(status.get("phase", "")),
         images_per_s=status.get("images_per_s"),
-        seconds_used=used,
+        seconds_used=_seconds_used(folder, record, status, lives),
+        heartbeat=status.get("heartbeat"),
+        attempts=lives,
         error=status.get("error"),
         scores=_scores(run_dir),
     )
+
+
+def _seconds_used(
+    folder: RunFolder, record: dict[str, Any] | None, status: dict[str, Any], lives: tuple[Attempt, ...]
+) -> float | None:
+    """Of all attempts, lost steps included; of a run by hand, what its files know."""
+    if lives:
+        return attempts.seconds(lives, status.get("heartbeat", 0.0))
+    if record:
+        return record["gpu_hours"] * 3600
+    cost = read_json(folder.checkpoints / "cost.json")
+    return cost["seconds"] if cost else None
 
 
 def _alive(status: dict[str, Any], trunk_held: bool) -> bool:
@@ -143,6 +199,9 @@ def as_rows(states: list[RunState], plan_rows: list[dict[str, Any]]) -> list[dic
             "tokens_per_s": tokens_per_s,
             "mfu": mfu,
             "eta_seconds": state.eta_seconds,
+            "heartbeat_age_seconds": None if state.heartbeat is None else max(0.0, time.time() - state.heartbeat),
+            "job": state.job or None,
+            "retries": attempts.retries(state.attempts),
             "gpu_hours_used": None if state.seconds_used is None else state.seconds_used / 3600,
             "error": state.error,
         }
@@ -152,7 +211,7 @@ def as_rows(states: list[RunState], plan_rows: list[dict[str, Any]]) -> list[dic
     return rows
 
 
-_COLORS = {"done": "green", "running": "cyan", "stopped": "yellow", "diverged": "magenta"}
+_COLORS = {"done": "green", "running": "cyan", "trained": "cyan", "stopped": "yellow", "diverged": "magenta"}
 _COLORS |= {"failed": "red", "lost": "red"}
 
 
@@ -160,13 +219,24 @@ def as_table(states: list[RunState], title: str) -> Table:
     """The states for people: what it is, how far it is, how fast, what it scored, what went wrong."""
     table = Table(title=f"{title}: {tally(states)}", title_justify="left")
     table.add_column("run", no_wrap=True)
-    for name in ("N", "D", "FLOPs", "state", "step", "tok/s", "MFU", "ETA", "used/plan", "val loss", "GenEval", "FD"):
+    for name in ("N", "D", "FLOPs", "state", "seen", "step", "tok/s", "MFU", "ETA", "used/plan"):
         table.add_column(name, justify="right", no_wrap=True)
+    for name in ("val loss", "GenEval", "FD"):
+        table.add_column(name, justify="right", no_wrap=True)
+    more: list[tuple[str, Callable[[RunState], str]]] = []
+    if any(attempts.retries(state.attempts) for state in states):
+        more.append(("retries", _retries))
     if any(state.error for state in states):
-        table.add_column("last error")
+        more.append(("last error", lambda state: escape(state.error or "")))
+    for name, _ in more:
+        table.add_column(name)
     for state in states:
-        table.add_row(*_cells(state), *([state.error or ""] if len(table.columns) == 14 else []))
+        table.add_row(*_cells(state), *(cell(state) for _, cell in more))
     return table
+
+
+def _retries(state: RunState) -> str:
+    return ", ".join(f"{times} {cause}" for cause, times in attempts.retries(state.attempts).items())
 
 
 def _cells(state: RunState) -> list[str]:
@@ -182,6 +252,7 @@ def _cells(state: RunState) -> list[str]:
         count(spec.images),
         f"{flops.train_flops(spec):.1e}",
         f"[{color}]{label}[/]" if color else label,
+        duration(max(0.0, time.time() - state.heartbeat)) if running and state.heartbeat else "",
         f"{100 * state.step / spec.train.steps:.0f}%",
         "" if tokens_per_s is None else count(tokens_per_s),
         "" if mfu is None else f"{100 * mfu:.1f}%",
@@ -202,9 +273,10 @@ def _score(state: RunState, metric: str, digits: int) -> str:
 
 def tally(states: list[RunState]) -> str:
     """`12 done, 2 running, 6 queued`."""
-    order = ("done", "diverged", "failed", "running", "lost", "stopped", "queued", "planned")
+    order = ("done", "diverged", "failed", "trained", "running", "lost", "stopped", "queued", "planned")
     counts = {name: sum(state.state == name for state in states) for name in order}
     return ", ".join(f"{number} {name}" for name, number in counts.items() if number)
 
 
-__all__ = ["FINISHED", "OVER", "RunState", "as_rows", "as_table", "read_states", "speed", "tally"]
+__all__ = ["FINISHED", "OVER", "RunState", "as_rows", "as_table", "read_state", "read_states", "speed", "tally",
+           "write_back"]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import multiprocessing
@@ -13,11 +14,16 @@ from pathlib import Path
 import pytest
 from cheap_job import STEPS, cheap, plan_of, write_sweep
 
+from fluidscale.folder import RunFolder
+from fluidscale.record import write_atomic
 from fluidscale.spec import InvalidInput
-from slurm import array, claim, layout, local
-from slurm.array import TrunkTask
+from slurm import array, attempts, claim, launch, layout, local
+from slurm.array import Array
+from slurm.job import load_queue
 from slurm.placement import Machine, Profile, load_profile
 from slurm.plan import Plan, make_plan
+from slurm.scheduler import Task
+from slurm.task import TrunkTask, cause_of
 
 
 @pytest.fixture
@@ -27,7 +33,7 @@ def plan(tmp_path):
 
 def task_of(plan: Plan, runs: Path) -> TrunkTask:
     queue = local.prepare(plan, runs, "launch", retry_failed=False)
-    return TrunkTask(str(queue.path), list(queue.trunks)[:1], restarts=3, execute=cheap)
+    return TrunkTask(str(queue.path), list(queue.trunks)[:1], restarts={"requeue": 3}, execute=cheap)
 
 
 def start(task: TrunkTask, runs: Path, restarts: int = 0) -> multiprocessing.Process:
@@ -109,10 +115,95 @@ def test_a_requeued_task_waits_for_its_former_life_and_a_second_one_does_not(pla
     assert requeued.exitcode == 0 and len(steps(runs)) == 2 * STEPS
 
 
-def test_a_task_that_is_started_again_and_again_is_given_up(plan, tmp_path):
-    process = start(task_of(plan, tmp_path / "runs"), tmp_path / "runs", restarts=4)
+def test_a_run_that_is_requeued_more_often_than_allowed_is_given_up_until_asked_for(plan, tmp_path):
+    runs = tmp_path / "runs"
+    task = task_of(plan, runs)
+    for life in range(4):
+        process = start(task, runs, restarts=life)
+        made = len(steps(runs))
+        wait_for(lambda made=made: len(steps(runs)) > made)
+        os.kill(process.pid, signal.SIGUSR2)
+        process.join(60)
+        assert process.exitcode == 17
+    process = start(task, runs, restarts=4)
     process.join(60)
-    assert process.exitcode not in (0, None) and not steps(tmp_path / "runs")
+    run_id = load_queue(Path(task.queue_path)).trunks[task.trunk_ids[0]][0]
+    status = RunFolder(runs / run_id).status
+    assert status["state"] == "failed" and "4 times by requeue, 3 are allowed" in status["error"]
+    assert attempts.retries(attempts.read(RunFolder(runs / run_id))) == {"requeue": 4}
+    # Asked for again by hand, it goes on where it was: a launch counts from nothing.
+    queue = local.prepare(plan, runs, "another", retry_failed=True)
+    again = start(TrunkTask(str(queue.path), task.trunk_ids, restarts={"requeue": 0}, execute=cheap), runs)
+    again.join(60)
+    assert again.exitcode == 0 and (runs / run_id / "record.json").exists()
+    assert len([line for line in steps(runs) if run_id in line]) == STEPS, "a step was made twice"
+
+
+@pytest.mark.parametrize(
+    ("facts", "noticed", "cause"),
+    [
+        # As scontrol 22.05 says it at the moment of the signal.
+        ({"JobState": "RUNNING", "PreemptTime": "2026-11-23T15:03:36", "Restarts": "0"}, True, "preemption"),
+        ({"JobState": "RUNNING", "PreemptTime": "2026-11-23T15:03:36", "Restarts": "0"}, False, "preemption"),
+        ({"JobState": "COMPLETING", "Restarts": "1", "EndTime": "Unknown"}, False, "requeue"),
+        ({"JobState": "COMPLETING", "PreemptTime": "None", "Restarts": "0"}, False, "stopped"),
+        ({"JobState": "RUNNING", "Restarts": "0", "EndTime": "SOON"}, True, "time_limit"),
+        ({"JobState": "RUNNING", "Restarts": "0", "EndTime": "LATE"}, True, "requeue"),
+        ({}, True, "requeue"),
+        ({}, False, "stopped"),
+    ],
+)
+def test_why_slurm_ends_a_job_is_what_slurm_says(facts, noticed, cause):
+    ends = {"SOON": time.time() + 60, "LATE": time.time() + 3600}
+    if (end := facts.get("EndTime")) in ends:
+        facts = {**facts, "EndTime": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(ends[end]))}
+    assert cause_of(facts, 0, noticed) == cause
+
+
+def test_evaluation_in_jobs_of_its_own_waits_for_its_training_and_leaves_what_is_in_the_queue(plan, tmp_path):
+    evaluation = {"minutes": 7, "threads": 2}
+    profile = dataclasses.replace(load_profile("cpu"), trunks_per_task=2, evaluation=evaluation)
+    plan = make_plan(plan.sweep, Machine(profile, 2))
+    queue = local.prepare(plan, tmp_path, "launch", retry_failed=False)
+    training, evaluating = array.arrays(plan, queue, {})
+    assert (training.stage, evaluating.stage) == ("train", "evaluate") and training.tasks == evaluating.tasks
+    assert [len(task) for task in training.tasks] == [2, 2]
+    assert (evaluating.profile.minutes, evaluating.profile.threads) == (7, 2)
+    after = array._after(evaluating, [(training, "12")], {})
+    assert after.after == "aftercorr:12" and after.parameters()["dependency"] == "aftercorr:12"
+    # Trained trunks only lack their evaluation; those whose evaluation is in the queue lack nothing.
+    first, second = list(queue.trunks)[:2]
+    for run_id in queue.trunks[first]:
+        write_atomic(RunFolder(tmp_path / run_id).weights, b"there")
+    there = {("train", second): Task("9_1", "RUNNING"), ("evaluate", second): Task("10_1", "PENDING")}
+    rest, its_evaluation, alone = array.arrays(plan, queue, there)
+    assert set(sum(rest.tasks, ())) == set(sum(its_evaluation.tasks, ())) == set(queue.trunks) - {first, second}
+    assert alone.stage == "evaluate" and alone.tasks == ((first,),)
+    there = {("train", second): Task("9_1", "RUNNING")}
+    *_, waiting = array.arrays(plan, queue, there)
+    assert array._after(waiting, [], there).after == "afterany:9_1"
+
+
+def test_a_dry_run_prints_what_sbatch_would_get_and_writes_nothing(tmp_path, capsys):
+    sweep = write_sweep(tmp_path)
+    (tmp_path / "own.yaml").write_text("slurm: {partition: a100, account: us, minutes: 30, evaluation: {minutes: 9}}")
+    words = ["submit", str(sweep), "--cluster", "slurm", "--resources", str(tmp_path / "own.yaml"), "--dry-run"]
+    before = sorted(tmp_path.rglob("*"))
+    assert launch.main([*words, "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]) == 0
+    said = capsys.readouterr().out
+    for line in ("--partition=a100", "--account=us", "--array=0-3%4", "--time=30", "--time=9", "--signal=USR2@90"):
+        assert f"#SBATCH {line}\n" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_launch_from_inside_a_job_hands_on_where_the_cluster_is_and_nothing_else(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SBATCH_TIMELIMIT", "SUBMITIT_EXECUTOR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("SLURM_CONF", "/etc/there")
+    with array._outside_any_job():
+        left = {name for name in os.environ if name.startswith(("SLURM", "SBATCH", "SUBMITIT", "MASTER"))}
+        assert left == {"SLURM_CONF"}
+    assert os.environ["SLURM_NTASKS"] == "7"
 
 
 def test_sizes_with_a_placement_of_their_own_get_their_own_array(tmp_path):
@@ -122,7 +213,8 @@ def test_sizes_with_a_placement_of_their_own_get_their_own_array(tmp_path):
     path.write_text(path.read_text().replace("sizes: [50K]", "sizes: [50K, 80K]"))
     plan = make_plan(plan_of(path).sweep, Machine(profile, 2))
     trunks = list(dict.fromkeys(run.spec.trunk_id for run in plan.runs))
-    small, large = array._by_placement(plan, trunks)
+    profiles = {run.spec.trunk_id: plan.machine.profile.of(run.spec.size) for run in plan.runs}
+    small, large = array._by_placement(profiles, trunks)
     assert small[0].threads == 1 and (large[0].minutes, large[0].threads) == (7, 3)
     assert len(small[1]) == len(large[1]) == len(trunks) / 2 and set(small[1] + large[1]) == set(trunks)
     assert {run.placement.threads for run in plan.runs if run.spec.size == "80K"} == {3}
@@ -136,5 +228,5 @@ def test_a_misspelt_key_of_a_size_is_refused_before_anything_runs(tmp_path):
 
 def test_no_gpu_is_asked_for_on_a_cpu_profile():
     gpu: Profile = load_profile("slurm")
-    assert array._parameters(gpu)["gpus_per_node"] == 1
-    assert "gpus_per_node" not in array._parameters(load_profile("cpu"))
+    assert Array(gpu, "whole", (("a",),)).parameters()["gpus_per_node"] == 1
+    assert "gpus_per_node" not in Array(load_profile("cpu"), "whole", (("a",),)).parameters()

@@ -18,7 +18,7 @@ import pytest
 from cheap_job import STEPS, WORKERS, plan_of, write_sweep
 
 from slurm import claim, layout, local
-from slurm.job import MAX_DEATHS
+from slurm.attempts import MAX_DEATHS
 
 DRIVER = Path(__file__).parent / "cheap_job.py"
 PATIENCE = 240.0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -105,3 +106,33 @@ def test_a_server_that_is_not_there_is_said_and_harms_nothing(runs):
 def test_a_folder_that_is_not_there_is_refused(tmp_path, capsys):
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_run_whose_job_is_gone_is_closed_and_opened_again_when_it_goes_on(runs, mirror):
+    level(mirror, runs)
+    folder = RunFolder(next(runs.glob("discrete-*")))
+    before = (folder.path / "status.json").read_text()
+    for state, expected in (("lost", "KILLED"), ("running", "RUNNING"), ("done", "FINISHED")):
+        write_json(folder.path / "status.json", {**json.loads(before), "state": state})
+        level(mirror, runs)
+        assert only_run(mirror).info.status == expected
+    (folder.path / "status.json").write_text(before)
+
+
+def test_no_secret_of_the_environment_is_written_anywhere(runs, tmp_path):
+    """A password in the tracker's URI and one beside it; the server is not there, so that errors are told too."""
+    for name in ("ours", "mlflow"):
+        (tmp_path / name).mkdir()
+    copy = tmp_path / "ours" / "runs"
+    shutil.copytree(runs, copy, ignore=shutil.ignore_patterns("mlflow", "mlflow.json"))
+    secrets = {"MLFLOW_TRACKING_PASSWORD": "hunter2-planted", "MLFLOW_TRACKING_USERNAME": "planted-user"}
+    here = f"sqlite:///{tmp_path / 'mlflow' / 'store.db'}"
+    for uri in ("http://somebody:sesame-planted@127.0.0.1:9/", here):
+        environment = {**os.environ, **secrets, "MLFLOW_TRACKING_URI": uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+        command = [sys.executable, "-m", "fluidscale.sync", str(copy)]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+        assert "planted" not in said.stdout + said.stderr
+        assert said.returncode == (0 if uri == here else 1)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "mlflow.json" for path in files) and any(path.name == "store.db" for path in files)
+    assert not [path for path in files if b"planted" in path.read_bytes()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,18 @@ from fluidscale.spec import RunSpec, canonical, run_spec_from_json
 log = logging.getLogger(__name__)
 _BATCH = 1000  # MLflow's limit of metrics a request; requests are what is slow, not metrics
 _PARAMS = 100  # MLflow's limit of parameters a request
-_FINAL = {"done": "FINISHED", "diverged": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+# `lost` is written into a run's status by whoever finds its job gone.
+_FINAL = {"done": "FINISHED", "diverged": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "lost": "KILLED"}
 
 
 def default_uri(runs: Path) -> str:
     """The sqlite database beside the runs."""
     return f"sqlite:///{(runs / 'mlflow' / 'mlflow.db').resolve()}"
+
+
+def without_secrets(text: str) -> str:
+    """A URI, or a message with some in it, without the names and passwords they carry."""
+    return re.sub(r"://[^/@\s]+@", "://", text)
 
 
 class Mirror:
@@ -42,6 +49,7 @@ class Mirror:
         (runs / "mlflow").mkdir(parents=True, exist_ok=True)
         self.uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(runs)
         self._client = MlflowClient(self.uri)
+        self._name = without_secrets(self.uri)  # which is written into run folders
         self._artifacts = (runs / "mlflow" / "artifacts").resolve().as_uri()
         self._experiments: dict[str, str] = {}
 
@@ -69,7 +77,7 @@ class Mirror:
 
     def _opened(self, folder: RunFolder, spec: RunSpec, sweep: str) -> dict[str, Any]:
         state = read_json(folder.path / "mlflow.json")
-        if state is not None and state["tracking_uri"] == self.uri:
+        if state is not None and state["tracking_uri"] == self._name:
             return state
         experiment = self.experiment(sweep)
         same = f"tags.run_id = '{spec.id}'"
@@ -81,7 +89,8 @@ class Mirror:
                 self._client.log_batch(run.info.run_id, params=params[first : first + _PARAMS])
             tags = [RunTag("sweep", sweep), RunTag("arm", spec.arm), RunTag("size", spec.size)]
             self._client.log_batch(run.info.run_id, tags=tags)
-        state = {"tracking_uri": self.uri, "run_id": run.info.run_id, "step": 0, "time": 0.0, "scores": [], "end": None}
+        level = {"step": 0, "time": 0.0, "scores": [], "end": None}
+        state = {"tracking_uri": self._name, "run_id": run.info.run_id, **level}
         write_json(folder.path / "mlflow.json", state)
         return state
 
@@ -111,6 +120,10 @@ class Mirror:
 
     def _push_end(self, folder: RunFolder, state: dict[str, Any]) -> bool:
         ended = folder.status.get("state")
+        if ended == "running" and state["end"] is not None:
+            self._client.update_run(state["run_id"], status="RUNNING")
+            state["end"] = None
+            return True
         if ended == state["end"] or ended not in _FINAL:
             return False
         for name in ("spec.json", "record.json", "log.txt"):

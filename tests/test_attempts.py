@@ -1,0 +1,184 @@
+"""The lives of a run: retries counted apart, hours that include lost steps, and a budget that is asked about."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import time
+
+import cheap_job
+import pytest
+from cheap_job import cheap, plan_of, write_sweep
+
+from fluidscale.folder import RunFolder
+from fluidscale.record import read_json, write_json
+from fluidscale.spec import InvalidInput
+from slurm import attempts, budget, claim, launch, layout, local, status
+from slurm.attempts import MAX_DEATHS, Attempt
+from slurm.job import StopSignal, Worker
+from slurm.placement import load_profile
+
+
+@pytest.fixture
+def planned(tmp_path):
+    return plan_of(write_sweep(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(cheap_job, "STEP_SECONDS", 0.0)
+
+
+def lived(end: str, step: int = 0, launch: str = "one") -> Attempt:
+    return Attempt(launch, "7_1", "node", started=1000.0, devices=2, ended=1060.0, end=end, step=step)
+
+
+def test_an_attempt_that_nobody_closed_died_at_its_last_sign_of_life(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    attempts.opened(folder, "one", devices=4)
+    folder.set_status("running", step=9)
+    attempts.opened(folder, "one", devices=4)
+    first, second = attempts.read(folder)
+    assert (first.end, first.step, first.ended) == ("node_failure", 9, folder.status["heartbeat"])
+    assert second.ended is None and second.end == ""
+    attempts.closed(folder, "done")
+    assert attempts.read(folder)[-1].end == "done"
+    assert attempts.retries(attempts.read(folder)) == {"node_failure": 1}
+
+
+def test_causes_are_bounded_apart_and_by_launch():
+    mixed = [*3 * [lived("preemption")], *2 * [lived("node_failure", 5)], lived("node_failure", 6)]
+    assert attempts.exhausted(mixed, "one", {"preemption": 3, "node_failure": 3}) is None
+    assert "3 times by preemption, 2 are allowed" in (attempts.exhausted(mixed, "one", {"preemption": 2}) or "")
+    assert "node_failure" in (attempts.exhausted(mixed, "one", {"preemption": 9, "node_failure": 2}) or "")
+    assert attempts.exhausted(mixed, "another", {"preemption": 0}) is None
+
+
+def test_deaths_at_one_step_are_a_fault_of_the_run_and_deaths_on_the_way_are_not():
+    assert attempts.exhausted(MAX_DEATHS * [lived("node_failure", 5)], "one", {})
+    on_the_way = [lived("node_failure", step) for step in range(MAX_DEATHS)]
+    between = [*(MAX_DEATHS - 1) * [lived("node_failure", 5)], lived("preemption", 5), lived("node_failure", 5)]
+    assert attempts.exhausted(on_the_way, "one", {}) is None and attempts.exhausted(between, "one", {}) is None
+
+
+def test_hours_count_every_device_of_every_life():
+    running = dataclasses.replace(lived(""), ended=None)
+    assert attempts.seconds([lived("preemption"), lived("done")]) == 240.0
+    assert attempts.seconds([lived("preemption"), running], heartbeat=1030.0) == 180.0
+    assert attempts.seconds([running], heartbeat=0.0) == 0.0
+
+
+def test_the_status_tells_hours_retries_and_the_age_of_the_heartbeat(planned, tmp_path):
+    run = planned.runs[0]
+    folder = RunFolder(tmp_path / run.spec.id)
+    lives = [dataclasses.asdict(each) for each in (lived("preemption"), dataclasses.replace(lived(""), ended=None))]
+    write_json(folder.path / "attempts.json", {"attempts": lives})
+    folder.set_status("running", phase="train", step=1)
+    write_json(folder.path / "status.json", {**folder.status, "heartbeat": time.time() - 30})
+    [row, *_] = status.as_rows(status.read_states(planned, tmp_path), [{}] * len(planned.runs))
+    assert row["retries"] == {"preemption": 1} and row["job"] == "7_1"
+    assert row["heartbeat_age_seconds"] == pytest.approx(30, abs=5)
+    assert row["gpu_hours_used"] == pytest.approx((120 + 2 * (time.time() - 30 - 1000)) / 3600, rel=1e-6)
+
+
+def test_a_run_that_nobody_works_on_is_written_down_as_lost_and_one_that_began_again_is_not(planned, tmp_path):
+    lost, busy = planned.runs[0], planned.runs[-1]
+    assert lost.spec.trunk_id != busy.spec.trunk_id
+    for run in (lost, busy):
+        folder = RunFolder(tmp_path / run.spec.id)
+        attempts.opened(folder, "one", devices=1)
+        folder.set_status("running", step=3)
+        write_json(folder.path / "status.json", {**folder.status, "pid": 2**22 + 1, "heartbeat": 1.0})
+    states = status.read_states(planned, tmp_path)
+    assert [state.state for state in states if state.planned in (lost, busy)] == ["lost", "lost"]
+    held = claim.take(layout.trunk_claim(tmp_path, busy.spec.trunk_id), {})
+    assert held is not None
+    status.write_back(states, tmp_path)
+    held.release()
+    assert RunFolder(tmp_path / lost.spec.id).status["state"] == "lost"
+    assert RunFolder(tmp_path / busy.spec.id).status["state"] == "running"
+    assert attempts.read(RunFolder(tmp_path / lost.spec.id))[-1].end == "node_failure"
+    # What was found lost goes on as if nobody had looked.
+    work(planned, tmp_path)
+    assert all(state.state == "done" for state in status.read_states(planned, tmp_path))
+
+
+def work(planned, runs, **options):
+    queue = local.prepare(planned, runs, "work", retry_failed=False, **options)
+    worker = Worker(queue, StopSignal(), cheap)
+    for trunk_id in queue.trunks:
+        worker.train(trunk_id)
+    return worker
+
+
+def test_a_budget_is_kept_to_while_it_lasts_and_the_sweep_goes_on_when_it_is_raised(planned, tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(cheap_job, "STEP_SECONDS", 0.01)
+    hours = 1.5 * cheap_job.STEPS * 0.01 / 3600
+    worker = work(planned, tmp_path, max_gpu_hours=hours)
+    assert worker.is_stopped()
+    states = status.read_states(planned, tmp_path)
+    stopped = [state for state in states if state.state == "stopped"]
+    assert len(stopped) == 1 and "--max-gpu-hours" in (stopped[0].error or "")
+    assert sum(state.state == "done" for state in states) < len(states) - 1
+    assert hours <= attempts.hours_spent(worker.queue.run_dirs)
+    work(planned, tmp_path)
+    assert all(state.state == "done" for state in status.read_states(planned, tmp_path))
+
+
+def test_a_budget_that_would_be_passed_is_asked_about(planned, tmp_path):
+    states = status.read_states(planned, tmp_path)
+    needed = planned.worker_hours
+    assert budget.agreed(planned, states, 0.0) == 0.0
+    assert budget.agreed(planned, states, 1.01 * needed) == 1.01 * needed
+    asked = []
+    assert budget.agreed(planned, states, needed / 2, lambda question: not asked.append(question)) == 0.0
+    assert "Go on without a bound?" in asked[0]
+    with pytest.raises(InvalidInput, match=r"or allow more: --max-gpu-hours"):
+        budget.agreed(planned, states, needed / 2, lambda _: False)
+    # What was used counts, also when it was lost: here all of it by a run that is finished since.
+    cheap(planned.runs[0].spec, tmp_path / planned.runs[0].spec.id, planned.runs[0].placement, lambda: False)
+    write_json(
+        tmp_path / planned.runs[0].spec.id / "attempts.json",
+        {"attempts": [dataclasses.asdict(dataclasses.replace(lived("done"), ended=1000.0 + 3600 * needed))]},
+    )
+    with pytest.raises(InvalidInput):
+        budget.agreed(planned, status.read_states(planned, tmp_path), 1.5 * needed, lambda _: False)
+
+
+def test_a_script_is_refused_a_sweep_over_its_budget_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    words = ["submit", str(write_sweep(tmp_path)), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "r")]
+    assert launch.main([*words, "--profile", "cpu", "--max-gpu-hours", "1e-9"]) == 2
+    error = capsys.readouterr().err
+    assert "--max-gpu-hours" in error and error.count("\n") == 1
+    assert not list((tmp_path / "runs").glob("*/spec.json"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("restarts: {preemptions: 3}", "did you mean 'preemption'"),
+        ("restarts: {preemption: -1}", "expected a count"),
+        ("restarts: 5", "expected keys and values"),
+        ("evaluation: {minuets: 5}", "did you mean 'minutes'"),
+        ("sizes: {50K: {restarts: {nodes: 1}}}", "sizes: 50K: restarts"),
+    ],
+)
+def test_misspelt_bounds_are_refused(tmp_path, line, message):
+    (tmp_path / "own.yaml").write_text(f"slurm: {{{line}}}")
+    with pytest.raises(InvalidInput, match=message):
+        load_profile("slurm", tmp_path / "own.yaml")
+
+
+def test_what_a_launch_writes_only_its_owner_may_write(tmp_path):
+    before = os.umask(0)
+    try:
+        words = ["submit", str(write_sweep(tmp_path)), "--profile", "cpu", "--max-hours", "1e-9"]
+        launch.main([*words, "--runs", str(tmp_path / "runs")])
+        write_json(tmp_path / "written.json", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "written.json").stat().st_mode & 0o022 == 0
+    assert read_json(tmp_path / "written.json") == {}
