@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fluidscale.data.sources import WorldSource
 from fluidscale.evaluate.detect import load_detector
-from fluidscale.evaluate.generate import encode_text
 from fluidscale.evaluate.geneval import judge_images
 from fluidscale.model.generator import generate
 from fluidscale.record import Placement, write_json
@@ -51,7 +51,7 @@ def judge(spec: RunSpec, run_dir: Path) -> dict[str, float]:
     detector = load_detector(f"{spec.data.name}-detector")
     scenes = world.describe(0, spec.data.images_unique, split="train")
     prompts = [scene.metadata for scene in scenes]
-    text = encode_text(world, [prompt["prompt"] for prompt in prompts])
+    text = WorldSource(spec, world, tokenizer, run_dir).text([prompt["prompt"] for prompt in prompts])
     drawn = tokenizer.decode(generate(model, text, spec.evaluate.sampling, list(range(len(scenes)))))
     encoded = tokenizer.encode(np.stack([world.render(scene) for scene in scenes]))
     kept = encoded if spec.model.token_kind == "discrete" else encoded.chunk(2, dim=-1)[0]

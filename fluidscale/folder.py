@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluidscale.record import now, read_json, write_atomic, write_json
+from fluidscale.record import Placement, now, read_json, write_atomic, write_json
+from fluidscale.spec import from_dict
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class RunFolder:
     @property
     def status(self) -> dict[str, Any]:
         return read_json(self.path / "status.json") or {}
+
+    @property
+    def placement(self) -> Placement:
+        """Where the run was computed last; the default placement where that is not known."""
+        path = self.path / "placement.json"
+        return from_dict(Placement, read_json(path) or {}, str(path))
 
     def set_status(self, state: str, **facts: Any) -> None:
         """Overwrites status.json: keys keep their last value until they are set again."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from fluidscale.folder import RunFolder, trunk_checkpoint, trunk_folder
 from fluidscale.record import Placement, git_revision, read_json, row, write_atomic, write_json
-from fluidscale.spec import InvalidInput, RunSpec, canonical, digest, from_dict, run_spec_from_json, to_json
+from fluidscale.spec import InvalidInput, RunSpec, from_dict, run_spec_from_json, to_json
 
 log = logging.getLogger("fluidscale.run")
 
@@ -69,21 +69,18 @@ def _compute(
 ) -> dict[str, Any] | None:
     import torch
 
+    from fluidscale.data.sources import open_source
     from fluidscale.evaluate import Subject, evaluate
-    from fluidscale.tokens.image import load_tokenizer
     from fluidscale.train.module import Diverged
-    from fluidscale.world import World
 
     torch.set_num_threads(placement.threads)
-    assert spec.data.world is not None
-    world = World(spec.data.world)
-    check_world(spec, world)
-    tokenizer = load_tokenizer(spec.tokenizer_sha256)
+    device = device_of(placement)
+    source = open_source(spec, placement, folder.path.parent, device)
     status = "done"
     seconds, tokens_per_s = 0.0, None
     try:
         if not folder.weights.exists():
-            _train(spec, folder, placement, world, tokenizer, should_stop)
+            _train(spec, folder, placement, source, should_stop)
         if not placement.evaluate:
             folder.set_status("trained", phase="evaluate", step=spec.train.steps)
             return None
@@ -91,8 +88,8 @@ def _compute(
         seconds, tokens_per_s = cost["seconds"], cost["tokens_per_s"]
         folder.set_status("running", phase="evaluate")
         started = time.monotonic()
-        model = load_weights(spec, folder).to(device_of(placement))
-        for score in evaluate(Subject(model, tokenizer, spec, world, folder.path, device_of(placement))):
+        model = load_weights(spec, folder).to(device)
+        for score in evaluate(Subject(model, spec, source, folder.path, device)):
             log.info("%s = %.5g +- %.2g", score.metric.name, score.value, score.se)
         seconds += time.monotonic() - started
     except Diverged as error:
@@ -106,7 +103,7 @@ def _compute(
         "status": status,
         "git_rev": git_revision(),
         "versions": _versions(),
-        **tokenizer.references,
+        **source.tokenizer.references,
     }
     record = row(spec, folder.path, outcome)
     write_json(folder.path / "record.json", record)
@@ -114,42 +111,8 @@ def _compute(
     return record
 
 
-def check_world(spec: RunSpec, world: Any) -> None:
-    """Raises InvalidInput when the spec's text table does not fit the world's vocabulary."""
-    words, length = len(world.vocabulary), world.text_length
-    if spec.model.text_vocab_size < words or spec.model.text_length != length:
-        raise InvalidInput(
-            f"{spec.id}: world {spec.data.name} has {words} words and captions of {length}; "
-            f"set model.text_vocab_size >= {words} and model.text_length: {length}"
-        )
-
-
-def shards_of(spec: RunSpec, data_dir: Path, world: Any, tokenizer: Any) -> Any:
-    """The encoded training scenes of an embedded world, rendered and encoded first where they are missing."""
-    import numpy as np
-
-    from fluidscale.data.shards import ensure
-
-    recipe = {"world": canonical(spec.data.world), "tokenizer": tokenizer.sha256, "split": "train"}
-    folder = data_dir / f"{spec.data.name}-{spec.model.token_kind}-{digest([recipe, spec.data.images_unique])[:10]}"
-    kept = np.float16 if spec.model.token_kind == "continuous" else np.int16
-
-    def encode(start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        parts = []
-        for first in range(start, start + count, 4096):
-            images, text, _ = world.scenes(first, min(4096, start + count - first), split="train")
-            parts.append((tokenizer.encode(images).numpy().astype(kept), text))
-        tokens, text = zip(*parts, strict=True)
-        return np.concatenate(tokens), np.concatenate(text)
-
-    def progress(done: int, rows: int) -> None:
-        log.info("encoded %d of %d scenes", done, rows)
-
-    return ensure(folder, recipe, spec.data.images_unique, encode, progress)
-
-
 def _train(
-    spec: RunSpec, folder: RunFolder, placement: Placement, world: Any, tokenizer: Any, should_stop: Callable[[], bool]
+    spec: RunSpec, folder: RunFolder, placement: Placement, source: Any, should_stop: Callable[[], bool]
 ) -> None:
     import lightning.pytorch as pl
     import torch
@@ -167,7 +130,7 @@ def _train(
     warnings.filterwarnings("ignore", module="lightning")
     runs = folder.path.parent
     folder.set_status("running", phase="data")
-    shards = shards_of(spec, Path(placement.data_dir or runs / "data"), world, tokenizer)
+    rows = source.training()
     trunk = trunk_folder(runs, spec.trunk_id)
     own = [folder.checkpoints / NEWEST, folder.checkpoints / PREVIOUS]
     branches = sorted({*placement.branch_steps, spec.train.branch_step})
@@ -190,7 +153,7 @@ def _train(
         plugins=[AtomicCheckpointIO(), LightningEnvironment()],
     )
     if start < spec.train.steps:
-        trainer.fit(module, train_dataloaders=Batches(spec, shards, start), ckpt_path=path, weights_only=True)
+        trainer.fit(module, train_dataloaders=Batches(spec, rows, start), ckpt_path=path, weights_only=True)
     ema.copy_to(module.model)
     cost = {"seconds": monitor.seconds, "tokens_per_s": monitor.tokens_per_s}
     write_json(folder.checkpoints / "cost.json", cost)

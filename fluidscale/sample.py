@@ -46,13 +46,12 @@ def _sample(arguments: argparse.Namespace) -> None:
         raise InvalidInput(f"--num-images {arguments.num_images}: must be at least 1")
     from rich.progress import Progress
 
-    from fluidscale.evaluate.generate import encode_text
+    from fluidscale.data.sources import open_source
     from fluidscale.evaluate.grid import contact_sheet
+    from fluidscale.folder import RunFolder
     from fluidscale.model.generator import generate
     from fluidscale.record import Placement, write_atomic
     from fluidscale.run import device_of, load_trained
-    from fluidscale.tokens.image import load_tokenizer
-    from fluidscale.world import World
 
     spec, model = load_trained(arguments.run_dir)
     device = device_of(Placement())
@@ -63,16 +62,14 @@ def _sample(arguments: argparse.Namespace) -> None:
         if (value := getattr(arguments, key)) is not None
     }
     sampling = dataclasses.replace(spec.evaluate.sampling, **asked)
-    assert spec.data.world is not None
-    world = World(spec.data.world)
-    tokenizer = load_tokenizer(spec.tokenizer_sha256)
+    source = open_source(spec, RunFolder(arguments.run_dir).placement, arguments.run_dir.parent, device)
     images = []
     with Progress() as progress:
         task = progress.add_task("sampling", total=arguments.num_images)
         for first in range(0, arguments.num_images, BATCH):
             seeds = [arguments.seed + k for k in range(first, min(first + BATCH, arguments.num_images))]
-            text = encode_text(world, [arguments.prompt] * len(seeds), device)
-            images.extend(tokenizer.decode(generate(model, text, sampling, seeds)))
+            text = source.text([arguments.prompt] * len(seeds))
+            images.extend(source.tokenizer.decode(generate(model, text, sampling, seeds)))
             progress.advance(task, len(seeds))
     write_atomic(arguments.out, contact_sheet(images, [arguments.prompt] * len(images)))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fluidscale.data.sources import WorldSource, open_source
 from fluidscale.evaluate import likelihood
 from fluidscale.evaluate.likelihood import (
     LOG_SNRS,
@@ -23,9 +24,8 @@ from fluidscale.evaluate.validation import DRAWS, stack, validation_batch
 from fluidscale.model.build import build
 from fluidscale.model.order import Random
 from fluidscale.model.transformer import Text
+from fluidscale.record import Placement
 from fluidscale.spec import ARMS, DiffusionSpec, ModelSpec
-from fluidscale.tokens.image import load_tokenizer
-from fluidscale.world import World
 
 
 @pytest.fixture
@@ -41,8 +41,7 @@ def subject_of(tiny_spec, tmp_path):
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
-        world = World(spec.data.world)
-        return Subject(network, load_tokenizer(spec.tokenizer_sha256), spec, world, tmp_path, torch.device("cpu"))
+        return Subject(network, spec, open_source(spec, Placement(), tmp_path), tmp_path, torch.device("cpu"))
 
     return make
 
@@ -332,7 +331,8 @@ def test_with_an_exact_denoiser_the_bound_is_the_analytic_value(tiny_spec, tmp_p
     network.head.denoiser = ExactDenoiser(network.head.objective, truth.mean, truth.std)
     evaluate = dataclasses.replace(spec.evaluate, val_images=512)
     spec = dataclasses.replace(spec, model=model_spec, evaluate=evaluate)
-    subject = Subject(network, truth, spec, truth, tmp_path, torch.device("cpu"))
+    source = WorldSource(spec, truth, truth, tmp_path)
+    subject = Subject(network, spec, source, tmp_path, torch.device("cpu"))
     score = only(ValidationLikelihood()(subject))
     values = torch.cat([validation_batch(subject, first, 64)[0] for first in range(0, 512, 64)])
     exact = 0.5 * ((values - truth.mean) ** 2 / truth.std**2 + math.log(2 * math.pi * truth.std**2))
@@ -368,7 +368,8 @@ def test_a_fitted_model_stays_above_the_entropy_and_comes_near(tiny_spec, tmp_pa
     spec = tiny_spec(f"{model_spec.token_kind}-{order}")
     evaluate = dataclasses.replace(spec.evaluate, val_images=1024)
     spec = dataclasses.replace(spec, model=model_spec, evaluate=evaluate)
-    subject = Subject(network.eval(), truth, spec, truth, tmp_path, torch.device("cpu"))
+    source = WorldSource(spec, truth, truth, tmp_path)
+    subject = Subject(network.eval(), spec, source, tmp_path, torch.device("cpu"))
     score = only(ValidationLikelihood()(subject))
     assert truth.entropy - 3 * score.se < score.value < truth.entropy + slack + 3 * score.se
     for evaluator in (RASTER, K_STEPS) if order == "random" else ():
@@ -379,9 +380,7 @@ def test_a_fitted_model_stays_above_the_entropy_and_comes_near(tiny_spec, tmp_pa
 def test_cross_entropy_of_a_fresh_model_is_that_of_guessing(tiny_spec, tmp_path):
     spec = tiny_spec("discrete-raster")
     network = build(spec.model).eval()
-    subject = Subject(
-        network, load_tokenizer(spec.tokenizer_sha256), spec, World(spec.data.world), tmp_path, torch.device("cpu")
-    )
+    subject = Subject(network, spec, open_source(spec, Placement(), tmp_path), tmp_path, torch.device("cpu"))
     tokens, _ = validation_batch(subject, 0, 4)
     guess = F.cross_entropy(torch.zeros(4 * 16, spec.model.vocab_size), tokens.flatten()).item()
     assert only(ValidationLoss()(subject)).value == pytest.approx(guess, rel=0.05)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from fluidscale.data.sources import open_source
 from fluidscale.evaluate import Subject, evaluate, fid, generate
 from fluidscale.evaluate.__main__ import main as command
 from fluidscale.evaluate.agreement import agreement
@@ -25,8 +26,8 @@ from fluidscale.evaluate.protocol import Detection
 from fluidscale.evaluate.references import references
 from fluidscale.evaluate.rules import Verdict
 from fluidscale.model.build import build
+from fluidscale.record import Placement
 from fluidscale.spec import InvalidInput, to_json
-from fluidscale.tokens.image import load_tokenizer
 from fluidscale.world import World
 
 PROMPTS = [{"prompt": f"a photo of a {color} {cls}"} for color in ("red", "blue") for cls in ("apple", "cup", "car")]
@@ -45,8 +46,8 @@ def subject(tiny_spec, tmp_path):
     spec = dataclasses.replace(spec, evaluate=evaluation)
     torch.manual_seed(0)
     network = build(spec.model).eval()
-    world, tokenizer = World(spec.data.world), load_tokenizer(spec.tokenizer_sha256)
-    return Subject(network, tokenizer, spec, world, tmp_path / "runs" / "one", torch.device("cpu"))
+    run_dir = tmp_path / "runs" / "one"
+    return Subject(network, spec, open_source(spec, Placement(), run_dir.parent), run_dir, torch.device("cpu"))
 
 
 class FewPrompts(World):
@@ -141,7 +142,8 @@ def test_the_contact_sheet_holds_every_picture_unchanged():
 
 def test_geneval_and_distance_of_a_fresh_model(subject):
     """The whole chain on the shipped judges: an untrained model is scored, badly, and every file is there."""
-    subject = dataclasses.replace(subject, world=FewPrompts(subject.spec.data.world))
+    source = dataclasses.replace(subject.source, world=FewPrompts(subject.spec.data.world))
+    subject = dataclasses.replace(subject, source=source)
     scores = {score.metric.name: score for score in evaluate(subject, ["geneval", "fd"])}
     assert {"geneval", "geneval_unseen", "geneval_counting", "fd", "fd_inf", "kid", "precision", "recall"} <= set(
         scores
@@ -156,7 +158,8 @@ def test_geneval_and_distance_of_a_fresh_model(subject):
 
 
 def test_two_detectors_are_compared_on_the_images_already_drawn(subject, monkeypatch):
-    subject = dataclasses.replace(subject, world=FewPrompts(subject.spec.data.world))
+    source = dataclasses.replace(subject.source, world=FewPrompts(subject.spec.data.world))
+    subject = dataclasses.replace(subject, source=source)
     list(evaluate(subject, ["geneval"]))
     drawn = count_drawn(monkeypatch)
     (score,) = evaluate(subject, ["detector_agreement"])

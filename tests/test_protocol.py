@@ -52,7 +52,7 @@ def counting(monkeypatch):
 
 @pytest.fixture
 def subject(tiny_spec, tmp_path):
-    return Subject(Network(1.0), None, tiny_spec("discrete-raster"), None, tmp_path / "run", torch.device("cpu"))
+    return Subject(Network(1.0), tiny_spec("discrete-raster"), None, tmp_path / "run", torch.device("cpu"))
 
 
 def guided(subject: Subject, scale: float) -> Subject:

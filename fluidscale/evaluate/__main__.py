@@ -46,18 +46,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from fluidscale.data.sources import open_source
     from fluidscale.evaluate import Subject, evaluate
+    from fluidscale.folder import RunFolder
     from fluidscale.record import Placement
     from fluidscale.run import device_of, load_trained
-    from fluidscale.tokens.image import load_tokenizer
-    from fluidscale.world import World
 
     spec, model = load_trained(arguments.run_dir)
-    if spec.data.world is None:
-        raise InvalidInput(f"{arguments.run_dir}: only runs on an embedded world can be evaluated here")
     device = device_of(Placement())
-    tokenizer = load_tokenizer(spec.tokenizer_sha256, device)
-    own = Subject(model.to(device), tokenizer, spec, World(spec.data.world), arguments.run_dir, device)
+    source = open_source(spec, RunFolder(arguments.run_dir).placement, arguments.run_dir.parent, device)
+    own = Subject(model.to(device), spec, source, arguments.run_dir, device)
     with _shown() as progress:
         for scale in arguments.guidance_scale or [None]:
             subject = _variant(own, guidance_scale=scale, num_inference_steps=arguments.num_inference_steps)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 
 from fluidscale.evaluate.grid import contact_sheet
@@ -29,7 +28,6 @@ from fluidscale.model.generator import generate
 from fluidscale.model.transformer import Text
 from fluidscale.record import write_atomic
 from fluidscale.spec import InvalidInput, canonical
-from fluidscale.world import World
 from fluidscale.world.captions import PREFIX
 
 # Tokens drawn in one batch: bounds memory; what is drawn does not depend on it.
@@ -78,12 +76,6 @@ def draw(
     return samples
 
 
-def encode_text(world: World, captions: Sequence[str], device: torch.device | str = "cpu") -> Text:
-    """Captions as the model reads them. Raises InvalidInput on a word that the world does not know."""
-    words = torch.stack([torch.as_tensor(world.encode(caption)) for caption in captions]).to(device)
-    return Text(words, words > 0)
-
-
 def image_seed(prompt: str, index: int) -> int:
     """The seed of a prompt's image: the same for every model, and unmoved by the other prompts of the set."""
     return int.from_bytes(hashlib.sha256(f"{index}:{prompt}".encode()).digest()[:6], "big")
@@ -101,7 +93,7 @@ def _rows(prompts: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
 
 def _draw(subject: Subject, folder: Path, rows: list[dict[str, Any]], total: int, progress: Progress) -> None:
     # All captions first: a word that is not known stops the drawing before it begins.
-    text = encode_text(subject.world, [row["prompt"] for row in rows], subject.device)
+    text = subject.source.text([row["prompt"] for row in rows])
     batch = max(1, _BATCH_TOKENS // subject.spec.model.num_tokens)
     done = total - len(rows)
     for start in range(0, len(rows), batch):

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from fluidscale.spec import RunSpec
+from fluidscale.spec import InvalidInput, RunSpec
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from fluidscale.data.sources import Source
     from fluidscale.model.build import FluidModel
     from fluidscale.tokens.image import Tokenizer
     from fluidscale.world import World
@@ -56,14 +57,26 @@ class Subject:
     """
 
     model: FluidModel
-    tokenizer: Tokenizer
     spec: RunSpec
-    world: World
+    source: Source
     run_dir: Path
     device: torch.device
     detector: str = ""
     features: str = ""
     variant: str = ""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.source.tokenizer
+
+    @property
+    def world(self) -> World:
+        """The world that the run's scenes and prompts come from. Raises InvalidInput for a run on other images."""
+        from fluidscale.data.sources import WorldSource
+
+        if not isinstance(self.source, WorldSource):
+            raise InvalidInput(f"{self.spec.data.name}: this score needs an embedded world's scenes and prompts")
+        return self.source.world
 
     @property
     def scores_dir(self) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fluidscale.data.sources import WORLD_VALIDATION
 from fluidscale.evaluate.protocol import Progress, Subject, protocol_id
 from fluidscale.model.order import View
 from fluidscale.model.transformer import Text
@@ -24,7 +25,7 @@ from fluidscale.spec import canonical
 BATCH = 64
 # Views per image where one view shows only part of the tokens' losses.
 DRAWS = 4
-SPLIT, SEED = "seen", 20240
+SEED = 20240
 
 # Nats or losses (B, S) of a batch's slots, 0 where they do not count, from (tokens, text, view, generator).
 Measure = Callable[[Tensor, Text, View, torch.Generator], Tensor]
@@ -78,11 +79,9 @@ def stack(views: list[View]) -> View:
 
 def validation_batch(subject: Subject, first: int, count: int) -> tuple[Tensor, Text]:
     """Tokens and text of validation images first .. first + count; continuous tokens are one fixed posterior draw."""
-    images, words, _ = subject.world.scenes(first, count, SPLIT)
-    encoded = subject.tokenizer.encode(images)
+    encoded, text = subject.source.validation(first, count)
     parts = [subject.tokenizer.sample(encoded[k : k + 1], generator(first + k, -1)) for k in range(count)]
-    words = torch.as_tensor(words).to(subject.device)
-    return torch.cat(parts).to(subject.device), Text(words, words > 0)
+    return torch.cat(parts).to(subject.device), text.to(subject.device)
 
 
 def generator(index: int, stream: int) -> torch.Generator:
@@ -100,7 +99,7 @@ def validation_protocol(name: str, subject: Subject, images: int, **facts: Any) 
         tokenizer=spec.tokenizer_sha256,
         order=[spec.model.order, spec.model.mask_law],
         head=canonical(spec.model.head.objective) if spec.model.head else None,
-        drawn=[SPLIT, SEED, BATCH, DRAWS],
+        drawn=[WORLD_VALIDATION, SEED, BATCH, DRAWS],
         **facts,
     )
 

@@ -9,12 +9,14 @@ import lightning.pytorch as pl
 import torch
 
 from fluidscale.data.sampler import positions, samples_at
-from fluidscale.data.shards import Shards
+from fluidscale.data.sources import Rows
 from fluidscale.model.build import FluidModel
 from fluidscale.model.transformer import Text
 from fluidscale.spec import RunSpec
 from fluidscale.train.optim import adamw, lr_at
 
+# Step, stored tokens (B, L, ..), and the text's values (B, T, ..) and mask (B, T).
+Batch = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]
 _CHUNK = 64  # steps whose data order is computed at once
 
 
@@ -23,19 +25,20 @@ class Diverged(RuntimeError):
 
 
 class Batches:
-    """Batches from step `start` to the run's last, straight from the memory-mapped shards."""
+    """Batches from step `start` to the run's last, straight from the memory-mapped rows."""
 
-    def __init__(self, spec: RunSpec, shards: Shards, start: int) -> None:
-        self._spec, self._shards, self._start = spec, shards, start
+    def __init__(self, spec: RunSpec, rows: Rows, start: int) -> None:
+        self._spec, self._rows, self._start = spec, rows, start
 
-    def __iter__(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         train = self._spec.train
         for first in range(self._start, train.steps, _CHUNK):
             steps = range(first, min(first + _CHUNK, train.steps))
-            rows = samples_at(self._spec.seed, self._shards.rows, positions(train.batch, steps))
-            for step, chosen in zip(steps, rows, strict=True):
-                tokens, text = self._shards.gather(chosen)
-                yield step, torch.from_numpy(tokens), torch.from_numpy(text)
+            where = positions(train.batch, steps)
+            rows, visits = samples_at(self._spec.seed, self._rows.rows, where), where // self._rows.rows
+            for step, chosen, visit in zip(steps, rows, visits, strict=True):
+                tokens, text = self._rows.gather(chosen, visit)
+                yield step, tokens, text.values, text.mask
 
 
 def step_rng(seed: int, step: int) -> torch.Generator:
@@ -57,15 +60,15 @@ class FluidModule(pl.LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.train.grad_clip)
 
-    def training_step(self, batch: tuple[int, torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        step, tokens, words = batch
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        step, tokens, *text = batch
         for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
             group["lr"] = lr_at(self.spec.train, step)
         rng = step_rng(self.spec.seed, step)
         drop = torch.rand(len(tokens), generator=rng) < self.spec.train.text_drop
         tokens = visited(tokens, rng)
         view = self.model.order.training_view(len(tokens), self.spec.model.num_tokens, rng)
-        losses, counted = self.model.losses(tokens, Text(words, words > 0), view, rng, drop=drop.to(self.device))
+        losses, counted = self.model.losses(tokens, Text(*text), view, rng, drop=drop.to(self.device))
         return losses.sum() / counted.sum()
 
 
