@@ -55,17 +55,22 @@ class Recipe:
     batch: int
     lr: float
     seed: int = 0
+    channels: int = 0  # of a continuous token
+    codes: int = 0  # of a discrete token's vocabulary
+
+    @property
+    def tokenizes(self) -> bool:
+        return self.kind in ("continuous", "discrete")
 
 
 RECIPES: dict[str, Recipe] = {
-    "vae": Recipe("continuous", {"widths": [32, 64, 128], "kl_weight": 1e-3}, 6000, 16, 5e-3),
-    "vq": Recipe("discrete", {"widths": [32, 64, 128], "code_width": 16, "warmup": 1500}, 6000, 16, 5e-3),
+    "vae": Recipe("continuous", {"widths": [32, 64, 128], "kl_weight": 1e-3}, 6000, 16, 5e-3, channels=8),
+    "vq": Recipe("discrete", {"widths": [32, 64, 128], "code_width": 16, "warmup": 1500}, 6000, 16, 5e-3, codes=1024),
     "detector": Recipe("detector", {"shape": "pyramid", "widths": [24, 48, 64]}, 2500, 32, 3e-3),
     # Another architecture, other scenes, other initial weights: it shares only the task with the first.
     "detector2": Recipe("detector", {"shape": "tower", "widths": [32]}, 2500, 32, 3e-3, seed=1),
     "features": Recipe("features", {"widths": [24, 48, 128], "features": 64, "max_count": 4}, 4000, 32, 3e-3),
 }
-TOKEN_CHANNELS, CODES = 16, 1024
 
 
 def train(network: nn.Module, recipe: Recipe, loss_of: Loss, report: Callable[[int, float], None]) -> None:
@@ -169,8 +174,13 @@ class Workshop:
 
     def path(self, target: str) -> Path:
         """Where a target's weights belong."""
-        default = shipped.WEIGHTS if target in ("vae", "vq") else shipped.EVALUATE_WEIGHTS
+        default = shipped.WEIGHTS if target.partition("-")[0] in ("vae", "vq") else shipped.EVALUATE_WEIGHTS
         return (self.out or default) / f"{self.name}-{target}.safetensors"
+
+    def judge(self, target: str) -> Path:
+        """The weights that measure a tokenizer: those beside it, else the shipped ones of this world."""
+        own = self.path(target)
+        return own if own.exists() else shipped.EVALUATE_WEIGHTS / own.name
 
     def tokenizers(self) -> dict[str, Any]:
         """Those tokenizers of this world that have been trained already."""
@@ -188,10 +198,8 @@ class Workshop:
             "resolution": spec.resolution,
             "network": recipe.network,
         }
-        if recipe.kind in ("continuous", "discrete"):
-            continuous = recipe.kind == "continuous"
-            facts |= {"grid": spec.resolution // FACTOR}
-            facts |= {"channels": TOKEN_CHANNELS if continuous else 0, "vocab_size": 0 if continuous else CODES}
+        if recipe.tokenizes:
+            facts |= {"grid": spec.resolution // FACTOR, "channels": recipe.channels, "vocab_size": recipe.codes}
         else:
             facts |= {"classes": list(spec.classes), "colors": list(spec.colors)}
         return facts | {"command": command, "recipe": asdict(recipe), "torch": torch.__version__}
@@ -245,7 +253,7 @@ class Workshop:
         if isinstance(network, VQAutoencoder):
             return measured | {"codes_used": len(tokens.unique())}
         # z-scored: 1 would be a channel without information, 0 one without noise.
-        return measured | {"mean_deviation": tokens[..., TOKEN_CHANNELS:].mean().item()}
+        return measured | {"mean_deviation": tokens[..., card["channels"] :].mean().item()}
 
 
 def pretrain(workshop: Workshop, target: str, recipe: Recipe, command: str) -> dict[str, Any]:
@@ -275,9 +283,9 @@ def measure(workshop: Workshop, target: str) -> dict[str, Any]:
     network = workshop.network(card)
     load_weights(network, data)
     card |= workshop.quality(network.eval().requires_grad_(False), card)
-    if target in ("vae", "vq"):
-        detector = load_detector(str(workshop.path("detector")))
-        features = load_features(str(workshop.path("features")))
+    if card["kind"] in ("continuous", "discrete"):
+        detector = load_detector(str(workshop.judge("detector")))
+        features = load_features(str(workshop.judge("features")))
         card |= {"detector_sha256": detector.sha256, "features_sha256": features.sha256}
         card |= references(workshop.world, load_tokenizer(str(path)), detector, features)
     return shipped.store(path, data, card)
@@ -333,6 +341,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of weights and cards (default: where shipped ones lie)")
     parser.add_argument("--seed", type=int, help="initial weights and scenes (default: the recipe's)")
     parser.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
+    parser.add_argument("--channels", type=int, help="vae: channels of a token; the file is then WORLD-vae-CHANNELS")
+    parser.add_argument("--codes", type=int, help="vq: codes of the vocabulary; the file is then WORLD-vq-CODES")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
@@ -351,13 +361,31 @@ def _run(arguments: argparse.Namespace, command: str) -> list[dict[str, Any]]:
     workshop = Workshop(arguments.world, arguments.out)
     if arguments.target == "measure":
         return [measure(workshop, target) for target in RECIPES]
-    asked = {key: value for key in ("seed", "steps") if (value := getattr(arguments, key)) is not None}
+    asked = {
+        key: value
+        for key in ("seed", "steps", "channels", "codes")
+        if (value := getattr(arguments, key)) is not None
+    }
     recipe = replace(RECIPES[arguments.target], **asked)
+    _check(arguments.target, recipe, asked)
+    size = asked.get("channels", asked.get("codes"))
+    if size is None:
+        return [pretrain(workshop, arguments.target, recipe, command)]
+    # A tokenizer of another size is there to be compared: its floors and ceilings belong to it from the start.
+    name = f"{arguments.target}-{size}"
+    pretrain(workshop, name, recipe, command)
+    return [measure(workshop, name)]
+
+
+def _check(target: str, recipe: Recipe, asked: dict[str, int]) -> None:
+    """Raises InvalidInput on options out of range, or of another target."""
     if recipe.steps < 1 or recipe.seed < 0:
         raise InvalidInput(
             f"--steps {recipe.steps} --seed {recipe.seed}: steps must be at least 1, the seed at least 0"
         )
-    return [pretrain(workshop, arguments.target, recipe, command)]
+    for option, owner in (("channels", "vae"), ("codes", "vq")):
+        if option in asked and (target != owner or asked[option] < 1):
+            raise InvalidInput(f"--{option} {asked[option]}: a number of at least 1, and for {owner} alone")
 
 
 if __name__ == "__main__":
