@@ -24,7 +24,12 @@ class Placement:
     """Where and how a run is computed: nothing here may change its result, so nothing here is hashed."""
 
     device: str = "auto"  # auto (CUDA, then MPS, then CPU) | cpu | cuda | mps
-    threads: int = 1  # CPU threads of the process
+    strategy: str = "single"  # single | ddp (a whole model a process) | fsdp (parameters sharded over the processes)
+    devices: int = 1  # of each node, a process each
+    nodes: int = 1
+    micro_batch: int = 0  # samples that a process computes at once, a divisor of its share of the batch; 0: all of it
+    recompute: bool = False  # activations are computed again in the backward pass instead of being kept
+    threads: int = 1  # CPU threads of each process
     precision: str = "32-true"  # Lightning's spelling
     checkpoint_minutes: float = 5.0
     checkpoint_steps: int = 0  # 0: by time only
@@ -32,6 +37,10 @@ class Placement:
     peak_flops: float = 0.0  # of the device, per second; 0: unknown, mfu stays empty
     data_dir: str = ""  # encoded shards; empty: <runs>/data
     evaluate: bool = True  # False: training only, another job evaluates
+
+    @property
+    def processes(self) -> int:
+        return self.devices * self.nodes
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

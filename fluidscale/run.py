@@ -10,20 +10,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import signal
+import subprocess
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fluidscale.folder import RunFolder, trunk_checkpoint, trunk_folder
+from fluidscale.folder import RunFolder
 from fluidscale.record import Placement, git_revision, read_json, row, write_atomic, write_json
 from fluidscale.spec import InvalidInput, RunSpec, from_dict, run_spec_from_json, to_json
 
+if TYPE_CHECKING:
+    from fluidscale.data.sources import Source
+    from fluidscale.train.ranks import Ranks
+
 log = logging.getLogger("fluidscale.run")
+_POLL_SECONDS = 0.2
 
 
 def run(
@@ -31,19 +37,29 @@ def run(
 ) -> dict[str, Any] | None:
     """Computes what is missing of one run and returns its row; None where the placement leaves evaluation to another.
 
-    A non-finite loss ends as a finished row with status `diverged`. Raises `Stopped` when `should_stop` said so, and
-    whatever went wrong otherwise, after writing status `failed` with the reason.
+    Each process of the placement calls this, and the first one alone writes files; where nobody has started them, this
+    does. A non-finite loss ends as a finished row with status `diverged`. Raises `Stopped` when `should_stop` said so,
+    and whatever went wrong otherwise, after writing status `failed` with the reason: of several processes the others
+    then wait in vain, so whoever started them has to end them.
     """
     placement = placement or Placement()
     folder = RunFolder(run_dir)
     if (record := folder.record) is not None:
         return record
+    from fluidscale.train.callbacks import Stopped
+    from fluidscale.train.fit import check
+    from fluidscale.train.ranks import is_started, join
+
+    check(placement)
+    ranks = join(placement, device_of(placement)) if is_started(placement) else None
+    if ranks is not None and not ranks.leads:
+        return _compute(spec, folder, placement, should_stop, ranks)
     _claim(folder, spec, placement)
     with _logged(folder):
-        from fluidscale.train.callbacks import Stopped
-
         try:
-            return _compute(spec, folder, placement, should_stop)
+            if ranks is None:
+                return _start_processes(folder, placement, should_stop)
+            return _compute(spec, folder, placement, should_stop, ranks)
         except (Stopped, KeyboardInterrupt) as error:
             folder.set_status("stopped", error=str(error) or "interrupted")
             raise
@@ -64,40 +80,88 @@ def _claim(folder: RunFolder, spec: RunSpec, placement: Placement) -> None:
     folder.set_status("running", phase="start", steps=spec.train.steps)
 
 
-def _compute(
-    spec: RunSpec, folder: RunFolder, placement: Placement, should_stop: Callable[[], bool]
+def _start_processes(
+    folder: RunFolder, placement: Placement, should_stop: Callable[[], bool]
 ) -> dict[str, Any] | None:
+    """Computes a run in a process a device of this machine; a request to stop is passed on to them."""
+    from fluidscale.train.callbacks import Stopped
+
+    if placement.nodes > 1:
+        raise InvalidInput(f"{placement.nodes} nodes: start a task a device on each of them (srun), not one process")
+    module, path = "fluidscale.run", folder.path
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={placement.devices}"]
+    command += ["-m", module, str(path / "spec.json"), "--dir", str(path), "--placement", str(path / "placement.json")]
+    with open(path / "processes.txt", "w") as output:
+        processes = subprocess.Popen(command, stdout=output, stderr=output)
+        try:
+            while processes.poll() is None:
+                if should_stop():
+                    processes.terminate()
+                    processes.wait()
+                time.sleep(_POLL_SECONDS)
+        finally:
+            processes.terminate()
+            processes.wait()
+    status = folder.status
+    if (record := folder.record) is not None or status.get("state") == "trained":
+        return record
+    if status.get("state") == "stopped":
+        raise Stopped(status.get("error"))
+    raise RuntimeError(status.get("error") or f"its processes ended with {processes.returncode} ({output.name})")
+
+
+def _compute(
+    spec: RunSpec, folder: RunFolder, placement: Placement, should_stop: Callable[[], bool], ranks: Ranks
+) -> dict[str, Any] | None:
+    """Trains together with the run's other processes; then the first one judges while the others wait."""
     import torch
 
     from fluidscale.data.sources import open_source
-    from fluidscale.evaluate import Subject, evaluate
+    from fluidscale.train.fit import fit
     from fluidscale.train.module import Diverged
 
     torch.set_num_threads(placement.threads)
-    device = device_of(placement)
-    source = open_source(spec, placement, folder.path.parent, device)
+    source = open_source(spec, placement, folder.path.parent, device_of(placement))
     status = "done"
-    seconds, tokens_per_s = 0.0, None
     try:
-        if not folder.weights.exists():
-            _train(spec, folder, placement, source, should_stop)
-        if not placement.evaluate:
+        if not ranks.agree(folder.weights.exists()):
+            if ranks.leads:
+                folder.set_status("running", phase="data")
+            fit(spec, folder, placement, source.training(), should_stop, ranks)
+    except Diverged as error:
+        log.warning("diverged: %s", error)
+        status = "diverged"
+    try:
+        if not ranks.leads:
+            return None
+        if status == "done" and not placement.evaluate:
             folder.set_status("trained", phase="evaluate", step=spec.train.steps)
             return None
+        return _judge(spec, folder, placement, source, status)
+    finally:
+        ranks.barrier()
+
+
+def _judge(
+    spec: RunSpec, folder: RunFolder, placement: Placement, source: Source, status: str
+) -> dict[str, Any]:
+    """Evaluates what was trained, unless it diverged, and writes the record."""
+    from fluidscale.evaluate import Subject, evaluate
+
+    seconds, tokens_per_s = 0.0, None
+    if status == "done":
         cost = read_json(folder.checkpoints / "cost.json") or {}
         seconds, tokens_per_s = cost["seconds"], cost["tokens_per_s"]
         folder.set_status("running", phase="evaluate")
         started = time.monotonic()
+        device = device_of(placement)
         model = load_weights(spec, folder).to(device)
         for score in evaluate(Subject(model, spec, source, folder.path, device)):
             log.info("%s = %.5g +- %.2g", score.metric.name, score.value, score.se)
         seconds += time.monotonic() - started
-    except Diverged as error:
-        log.warning("diverged: %s", error)
-        status = "diverged"
     outcome = {
         "lr_decay_complete": status == "done",
-        "gpu_hours": seconds / 3600,
+        "gpu_hours": seconds * placement.processes / 3600,
         "tokens_per_s": tokens_per_s,
         "mfu": _mfu(spec, tokens_per_s, placement),
         "status": status,
@@ -109,68 +173,6 @@ def _compute(
     write_json(folder.path / "record.json", record)
     folder.set_status(status, phase="end", step=spec.train.steps if status == "done" else folder.status.get("step", 0))
     return record
-
-
-def _train(
-    spec: RunSpec, folder: RunFolder, placement: Placement, source: Any, should_stop: Callable[[], bool]
-) -> None:
-    import lightning.pytorch as pl
-    import torch
-    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-    from safetensors.torch import save
-
-    from fluidscale.model.build import build
-    from fluidscale.train.callbacks import Checkpoints, Monitor
-    from fluidscale.train.checkpoint import NEWEST, PREVIOUS, AtomicCheckpointIO, newest_loadable
-    from fluidscale.train.ema import EMA
-    from fluidscale.train.module import Batches, FluidModule, trainer_options
-
-    # Lightning sets its own level when imported; its hints and advertisements are not this run's log.
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    runs = folder.path.parent
-    folder.set_status("running", phase="data")
-    rows = source.training()
-    trunk = trunk_folder(runs, spec.trunk_id)
-    own = [folder.checkpoints / NEWEST, folder.checkpoints / PREVIOUS]
-    branches = sorted({*placement.branch_steps, spec.train.branch_step})
-    shared = [trunk_checkpoint(trunk, step) for step in branches if step <= spec.train.branch_step]
-    found = newest_loadable(own + shared, spec.train.steps)
-    path, start = found or (None, 0)
-    source = path.with_suffix(".jsonl") if path in shared else folder.metrics
-    folder.keep_metrics(source, start)
-    log.info("training from step %d of %d%s", start, spec.train.steps, f" ({path})" if path else "")
-
-    torch.manual_seed(spec.seed)
-    module = FluidModule(spec, build(spec.model))
-    ema, monitor = EMA(spec.train.ema_decay), Monitor(spec, folder)
-    options = trainer_options(placement.precision, placement.device)
-    trainer = pl.Trainer(
-        **options,
-        max_steps=spec.train.steps,
-        callbacks=[ema, monitor, Checkpoints(spec, folder, trunk, placement, should_stop)],
-        # Found inside a SLURM job, Lightning would requeue it and resume by itself: both have their owner already.
-        plugins=[AtomicCheckpointIO(), LightningEnvironment()],
-    )
-    if start < spec.train.steps:
-        trainer.fit(module, train_dataloaders=Batches(spec, rows, start), ckpt_path=path, weights_only=True)
-    ema.copy_to(module.model)
-    cost = {"seconds": monitor.seconds, "tokens_per_s": monitor.tokens_per_s}
-    write_json(folder.checkpoints / "cost.json", cost)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.model.state_dict().items()}
-    write_atomic(folder.weights, save(state))
-    # The averaged weights are kept; the optimiser's state is of use to the trunk only, which keeps its own.
-    for checkpoint in own:
-        checkpoint.unlink(missing_ok=True)
-    if spec.train.branch_step == branches[-1]:
-        prune_trunk(trunk)
-
-
-def prune_trunk(trunk: Path) -> None:
-    """Keeps a trunk's newest checkpoint, from which a longer run can go on; called by the longest of its runs."""
-    for checkpoint in sorted(trunk.glob("step-*.ckpt"))[:-1]:
-        checkpoint.unlink(missing_ok=True)
-        checkpoint.with_suffix(".jsonl").unlink(missing_ok=True)
 
 
 def load_weights(spec: RunSpec, folder: RunFolder) -> Any:
@@ -234,13 +236,21 @@ def _mfu(spec: RunSpec, tokens_per_s: float | None, placement: Placement) -> flo
         return None
     from fluidscale.flops import train_flops
 
-    return train_flops(spec) / (spec.images * spec.model.num_tokens) * tokens_per_s / placement.peak_flops
+    per_token = train_flops(spec) / (spec.images * spec.model.num_tokens)
+    return per_token * tokens_per_s / (placement.peak_flops * placement.processes)
 
 
 def _versions() -> str:
     from importlib.metadata import version
 
     return " ".join(f"{name}={version(name)}" for name in ("fluidscale", "torch", "lightning", "numpy"))
+
+
+def _told_to_stop() -> Callable[[], bool]:
+    """Whether SIGTERM has come: the run then stops after its step and leaves a checkpoint."""
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    return lambda: bool(told)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -250,6 +260,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dir", type=Path, required=True, help="the run's folder; what it already holds is kept")
     parser.add_argument("--placement", type=Path, help="placement.json; default: this machine's GPU, else one thread")
     arguments = parser.parse_args(argv)
+    from fluidscale.train.callbacks import Stopped
+
     try:
         if not arguments.spec.exists():
             raise InvalidInput(f"{arguments.spec}: no such file; `make plan` shows a sweep's runs")
@@ -257,10 +269,14 @@ def main(argv: list[str] | None = None) -> int:
         content = read_json(arguments.placement) if arguments.placement else {}
         placement = from_dict(Placement, content or {}, str(arguments.placement))
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        record = run(spec, arguments.dir, placement)
+        record = run(spec, arguments.dir, placement, _told_to_stop())
     except InvalidInput as error:
         print(error, file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(f"{stopped}; the same command continues from there", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    # Of several processes the first one alone has something to say.
     if record is not None:
         print(f"{record['status']}: {arguments.dir / 'record.json'}")
     return 0

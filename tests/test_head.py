@@ -60,7 +60,8 @@ def test_code_losses_are_cross_entropies_and_likelihoods():
     codes = torch.tensor([0, 3, 5, 7])
     expected = -torch.log_softmax(head.classifier(z), -1)[torch.arange(4), codes]
     rng = torch.Generator()
-    assert torch.allclose(head.losses(z, codes, rng), expected)
+    assert head.draw(4, rng) is None
+    assert torch.allclose(head.losses(z, codes, None), expected)
     assert torch.allclose(head.nll(z, codes, rng), expected)
 
 
@@ -96,7 +97,8 @@ def test_rows_do_not_depend_on_how_many_steps_are_computed_at_once(monkeypatch):
 def test_repeats_are_averaged_and_cost_no_bias(objective):
     z, tokens = rows(800), rows(800, CHANNELS, seed=4)
     few, many = (diffusion_head(objective, repeats) for repeats in (1, 8))
-    losses = [h.losses(z, tokens, torch.Generator().manual_seed(0), True) for h in (few, many)]
+    noises = [h.draw(800, torch.Generator().manual_seed(0), stratified=True) for h in (few, many)]
+    losses = [h.losses(z, tokens, noise) for h, noise in zip((few, many), noises, strict=True)]
     assert losses[0].shape == losses[1].shape == (800,)
     assert losses[1].std() < losses[0].std()
     assert float(losses[0].mean()) == pytest.approx(float(losses[1].mean()), rel=0.1)

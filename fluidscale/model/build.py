@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fluidscale.model.diffusion import OBJECTIVES
+from fluidscale.model.diffusion import OBJECTIVES, Noise
 from fluidscale.model.head import HEADS
 from fluidscale.model.order import ORDERS, View
 from fluidscale.model.transformer import Cache, Text, TextEncoder, Trunk
@@ -49,9 +49,19 @@ class FluidModel(nn.Module):
         stratified: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Each slot's training loss, float32 (B, S), 0 where it does not count; and where it counts, bool (B, S)."""
+        return self.losses_under(self.draw(view, rng, stratified), tokens, text, view, drop)
+
+    def draw(self, view: View, rng: torch.Generator, stratified: bool = False) -> Noise | None:
+        """The head's draws for the counted slots of a view, in their order."""
+        return self.head.draw(int(view.counted.sum()), rng, stratified)
+
+    def losses_under(
+        self, noise: Noise | None, tokens: Tensor, text: Text, view: View, drop: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`losses` under draws that were made before, for this view or for a batch of which it is a part."""
         tokens = tokens.to(self.device, non_blocking=True)
         rows, z, targets = self._counted(tokens, text, view, drop)
-        scores = self.head.losses(z, targets, rng, stratified)
+        scores = self.head.losses(z, targets, noise)
         return _scattered(scores, rows, view), view.counted.to(self.device, non_blocking=True)
 
     def nll(self, tokens: Tensor, text: Text, view: View, rng: torch.Generator) -> Tensor:
@@ -69,7 +79,8 @@ class FluidModel(nn.Module):
         offsets = torch.arange(batch, device=rows.device)[:, None] * length
         targets = (view.positions + offsets).flatten()[rows].to(self.device, non_blocking=True)
         rows = rows.to(self.device, non_blocking=True)
-        z = self(view, tokens, text, drop)
+        # Not self(..): a sharded model gathers its parameters once for all of `losses_under`, not again in here.
+        z = self.forward(view, tokens, text, drop)
         return rows, z.flatten(0, 1).index_select(0, rows), tokens.flatten(0, 1).index_select(0, targets)
 
 

@@ -37,6 +37,21 @@ Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Noise:
+    """What is random in a training loss of M tokens with R repeats each; a slice of rows is some of the tokens.
+
+    Levels (K,) are the objective's own, `which` (M, R) says which of them each draw uses, `values` (M, R, C) is normal.
+    """
+
+    levels: Tensor
+    which: Tensor
+    values: Tensor
+
+    def rows(self, part: slice) -> Noise:
+        return Noise(self.levels, self.which[part], self.values[part])
+
+
+@dataclass(frozen=True)
 class Level:
     """Noise levels: the time that the network is told, and x_t = alpha x + sigma e. float64 of any one shape."""
 
@@ -68,8 +83,12 @@ class Objective(Protocol):
         """The noise that a prediction stands for."""
         ...
 
-    def losses(self, network: Network, x: Tensor, repeats: int, rng: torch.Generator, stratified: bool) -> Tensor:
-        """Training loss (M,) of tokens (M, C): mean over channels and over `repeats` draws of level and noise."""
+    def draw(self, rows: int, channels: int, repeats: int, rng: torch.Generator, stratified: bool) -> Noise:
+        """`repeats` levels and noises for each of `rows` tokens, on the generator's device."""
+        ...
+
+    def losses(self, network: Network, x: Tensor, noise: Noise) -> Tensor:
+        """Training loss (M,) of tokens (M, C): mean over channels and over the repeats of level and noise."""
         ...
 
 
@@ -102,22 +121,24 @@ class _ContinuousTime:
     def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def losses(self, network: Network, x: Tensor, repeats: int, rng: torch.Generator, stratified: bool) -> Tensor:
-        rows = len(x) * repeats
-        u, which = spread(rows, rows if stratified else max(1, min(rows, LEVELS)), rng)
-        noise = normal((len(x), repeats, x.shape[1]), rng, x.device)
-        times, alpha, sigma, which = _placed(self.at_time(self._law(u)), which, x, repeats)
-        clean = x.float()[:, None]
-        output = network(torch.addcmul(alpha * clean, sigma, noise), times, which)
-        return (output - self.target(clean, noise, alpha, sigma)).square().mean((1, 2))
+    def draw(self, rows: int, channels: int, repeats: int, rng: torch.Generator, stratified: bool) -> Noise:
+        draws = rows * repeats
+        u, which = spread(draws, draws if stratified else max(1, min(draws, LEVELS)), rng)
+        return Noise(self._law(u), which.view(rows, repeats), normal((rows, repeats, channels), rng, rng.device))
+
+    def losses(self, network: Network, x: Tensor, noise: Noise) -> Tensor:
+        times, alpha, sigma, which = _placed(self.at_time(noise.levels), noise.which, x.device)
+        clean, values = x.float()[:, None], noise.values.to(x.device, non_blocking=True)
+        output = network(torch.addcmul(alpha * clean, sigma, values), times, which)
+        return (output - self.target(clean, values, alpha, sigma)).square().mean((1, 2))
 
 
-def _placed(level: Level, which: Tensor, x: Tensor, repeats: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Times (K,), alpha and sigma (M, R, 1) and which (M, R) on x's device; gathered where the draws were made."""
-    scales = torch.stack([level.alpha, level.sigma], dim=-1).float()[which].view(len(x), repeats, 2)
-    alpha, sigma = scales.to(x.device, non_blocking=True).split(1, dim=-1)
-    which = which.view(len(x), repeats).to(x.device, non_blocking=True)
-    return level.time.float().to(x.device, non_blocking=True), alpha, sigma, which
+def _placed(level: Level, which: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Times (K,), alpha and sigma (M, R, 1) and which (M, R) on the device; gathered where the draws were made."""
+    scales = torch.stack([level.alpha, level.sigma], dim=-1).float()[which]
+    alpha, sigma = scales.to(device, non_blocking=True).split(1, dim=-1)
+    times = level.time.float().to(device, non_blocking=True)
+    return times, alpha, sigma, which.to(device, non_blocking=True)
 
 
 class Velocity(_ContinuousTime):
@@ -238,21 +259,24 @@ class Epsilon:
     def to_noise(self, x: Tensor, output: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         return output[..., : x.shape[-1]]
 
-    def losses(self, network: Network, x: Tensor, repeats: int, rng: torch.Generator, stratified: bool) -> Tensor:
-        steps = self._draw_steps(len(x) * repeats, rng, stratified)
-        noise = normal((len(x), repeats, x.shape[1]), rng, x.device)
-        t = steps.view(len(x), repeats).to(x.device, non_blocking=True)
+    def draw(self, rows: int, channels: int, repeats: int, rng: torch.Generator, stratified: bool) -> Noise:
+        steps = self._draw_steps(rows * repeats, rng, stratified).view(rows, repeats)
+        levels = torch.arange(TIME_STEPS, device=rng.device)
+        return Noise(levels, steps, normal((rows, repeats, channels), rng, rng.device))
+
+    def losses(self, network: Network, x: Tensor, noise: Noise) -> Tensor:
+        t, values = (part.to(x.device, non_blocking=True) for part in (noise.which, noise.values))
         alpha, sigma, width, weight = _eps_table(x.device)[t].split(1, dim=-1)
         clean = x.float()[:, None]
         # Embed each row's step, or the 1000 there are if that is less.
         distinct = t.numel() > TIME_STEPS
         times = torch.arange(TIME_STEPS if distinct else t.numel(), device=x.device)
         which = t if distinct else times.view(t.shape)
-        output = network(torch.addcmul(alpha * clean, sigma, noise), times if distinct else t.flatten(), which)
+        output = network(torch.addcmul(alpha * clean, sigma, values), times if distinct else t.flatten(), which)
         predicted, variance = output.chunk(2, dim=-1)
-        error = predicted - noise
+        error = predicted - values
         bound = _bound_bits(error.detach(), (variance + 1) / 2, width, weight)
-        first = (steps == 0).nonzero().squeeze(1).to(x.device)
+        first = (noise.which.flatten() == 0).nonzero().squeeze(1).to(x.device)
         if len(first):
             bound = _with_decoder(bound, first, clean.expand_as(error), error.detach(), (variance + 1) / 2)
         return (error.square() + bound).mean((1, 2))
@@ -310,8 +334,8 @@ def likelihood_bound(objective: Objective, network: Network, x: Tensor, repeats:
     deal = torch.rand(len(x), repeats, generator=rng, device=rng.device).argsort(0)
     part = torch.arange(repeats, device=rng.device)
     log_snr = (low + (high - low) * (part + (deal + jitter) / len(x)) / repeats).flatten()
-    which = torch.arange(rows, device=rng.device)
-    times, alpha, sigma, which = _placed(objective.at_log_snr(log_snr), which, x, repeats)
+    which = torch.arange(rows, device=rng.device).view(len(x), repeats)
+    times, alpha, sigma, which = _placed(objective.at_log_snr(log_snr), which, x.device)
     noise, clean = normal((len(x), repeats, channels), rng, x.device), x.float()[:, None]
     noisy = torch.addcmul(alpha * clean, sigma, noise)
     predicted = objective.to_noise(noisy, network(noisy, times, which), alpha, sigma)

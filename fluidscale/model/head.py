@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluidscale.model.denoiser import Denoiser, step_chunks
-from fluidscale.model.diffusion import OBJECTIVES, likelihood_bound
+from fluidscale.model.diffusion import OBJECTIVES, Noise, likelihood_bound
 from fluidscale.model.draws import ImageDraws
 from fluidscale.model.solvers import StepNetwork, make_solver
 from fluidscale.model.transformer import EMBED_STD, linear, zero_
@@ -35,11 +35,15 @@ class Head(Protocol):
         """Tokens that are still to be written: zeros of the right shape and type."""
         ...
 
-    def losses(self, z: Tensor, tokens: Tensor, rng: torch.Generator, stratified: bool = False) -> Tensor:
-        """The training loss (M,) of tokens (M,) or (M, C) given z (M, d).
+    def draw(self, rows: int, rng: torch.Generator, stratified: bool = False) -> Noise | None:
+        """What is random in the loss of `rows` tokens; None if nothing is.
 
         `stratified` spreads noise levels over all rows, which takes their chance out of a comparison.
         """
+        ...
+
+    def losses(self, z: Tensor, tokens: Tensor, noise: Noise | None) -> Tensor:
+        """The training loss (M,) of tokens (M,) or (M, C) given z (M, d) and what `draw` gave for these rows."""
         ...
 
     def nll(self, z: Tensor, tokens: Tensor, rng: torch.Generator) -> Tensor:
@@ -71,11 +75,14 @@ class SoftmaxHead(nn.Module):
     def blank(self, batch: int, length: int, device: torch.device) -> Tensor:
         return torch.zeros(batch, length, dtype=torch.long, device=device)
 
-    def losses(self, z: Tensor, tokens: Tensor, rng: torch.Generator, stratified: bool = False) -> Tensor:
+    def draw(self, rows: int, rng: torch.Generator, stratified: bool = False) -> None:
+        return None
+
+    def losses(self, z: Tensor, tokens: Tensor, noise: Noise | None) -> Tensor:
         return F.cross_entropy(self.classifier(z).float(), tokens.long(), reduction="none")
 
     def nll(self, z: Tensor, tokens: Tensor, rng: torch.Generator) -> Tensor:
-        return self.losses(z, tokens, rng)
+        return self.losses(z, tokens, None)
 
     def sampler(self, sampling: SamplingSpec) -> Sampler:
         if sampling.solver != "none":
@@ -116,8 +123,12 @@ class DiffusionHead(nn.Module):
     def blank(self, batch: int, length: int, device: torch.device) -> Tensor:
         return torch.zeros(batch, length, self.channels, device=device)
 
-    def losses(self, z: Tensor, tokens: Tensor, rng: torch.Generator, stratified: bool = False) -> Tensor:
-        return self.objective.losses(partial(self.denoiser, z=z), tokens, self.repeats, rng, stratified)
+    def draw(self, rows: int, rng: torch.Generator, stratified: bool = False) -> Noise:
+        return self.objective.draw(rows, self.channels, self.repeats, rng, stratified)
+
+    def losses(self, z: Tensor, tokens: Tensor, noise: Noise | None) -> Tensor:
+        assert noise is not None
+        return self.objective.losses(partial(self.denoiser, z=z), tokens, noise)
 
     def nll(self, z: Tensor, tokens: Tensor, rng: torch.Generator) -> Tensor:
         return likelihood_bound(self.objective, partial(self.denoiser, z=z), tokens, BOUND_DRAWS, rng)

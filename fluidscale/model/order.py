@@ -37,6 +37,10 @@ class View:
         """(1, S) where all rows are one expanded row, else (B, S): position tables are then looked up once a batch."""
         return self.positions[:1] if self.positions.stride(0) == 0 or len(self.positions) == 1 else self.positions
 
+    def rows(self, part: slice) -> View:
+        """Some samples of the batch."""
+        return View(self.reads[part], self.positions[part], self.counted[part])
+
     def since(self, slot: int) -> View:
         """The slots from `slot` on."""
         return View(self.reads[:, slot:], self.positions[:, slot:], self.counted[:, slot:])

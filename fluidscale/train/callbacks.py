@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from fluidscale.folder import RunFolder, trunk_checkpoint
 from fluidscale.record import Placement, write_atomic
 from fluidscale.spec import RunSpec
 from fluidscale.train.checkpoint import NEWEST
-from fluidscale.train.module import Diverged
+from fluidscale.train.module import Diverged, FluidModule
 from fluidscale.train.optim import lr_at
+from fluidscale.train.ranks import Ranks
+from fluidscale.train.steps import AfterStep
 
 LOG_EVERY = 25  # steps from one line of metrics.jsonl to the next
 HEARTBEAT_SECONDS = 5.0
@@ -26,15 +28,16 @@ class Stopped(RuntimeError):
     """Training was asked to stop and has left a checkpoint."""
 
 
-class Monitor(Callback):
+class Monitor(AfterStep):
     """Writes metrics.jsonl and status.json, and ends a run whose loss is no longer finite.
 
     Losses stay on the device between lines, so that no step waits for the one before. The time spent so far travels
-    in the checkpoint, but only within one run: what a sibling spent on the shared trunk is the sibling's.
+    in the checkpoint, but only within one run: what a sibling spent on the shared trunk is the sibling's. Of several
+    processes each holds its share of the losses until a line is written, and the first one writes it.
     """
 
-    def __init__(self, spec: RunSpec, folder: RunFolder) -> None:
-        self._spec, self._folder = spec, folder
+    def __init__(self, spec: RunSpec, folder: RunFolder, ranks: Ranks) -> None:
+        self._spec, self._folder, self._ranks = spec, folder, ranks
         self._losses: list[torch.Tensor] = []
         self._mark, self._beat = time.monotonic(), 0.0
         self.seconds, self.steps_timed = 0.0, 0
@@ -42,14 +45,15 @@ class Monitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mark = time.monotonic()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        self._losses.append(outputs["loss"].detach())
+    def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, FluidModule)
+        self._losses.append(pl_module.take_loss())
         step = trainer.global_step
         if step % LOG_EVERY == 0 or step == self._spec.train.steps:
             self._write(step, pl_module)
 
-    def _write(self, step: int, module: LightningModule) -> None:
-        loss = torch.stack(self._losses).float().mean().item()
+    def _write(self, step: int, module: FluidModule) -> None:
+        loss = self._ranks.sum(torch.stack(self._losses).float()).mean().item()
         elapsed, taken = time.monotonic() - self._mark, len(self._losses)
         self._mark += elapsed
         self._losses.clear()
@@ -61,12 +65,14 @@ class Monitor(Callback):
             "images": step * self._spec.train.batch,
             "train_loss": loss if math.isfinite(loss) else None,
             "lr": lr_at(self._spec.train, step - 1),
-            "grad_norm": float(module.grad_norm),  # type: ignore[arg-type]
+            "grad_norm": float(module.grad_norm),
             "images_per_s": images_per_s,
             "time": time.time(),
         }
         if not math.isfinite(loss):
             raise Diverged(f"training loss is {loss} at step {step}")
+        if not self._ranks.leads:
+            return
         self._folder.append_metrics(line)
         if time.monotonic() - self._beat > HEARTBEAT_SECONDS:
             self._beat = time.monotonic()
@@ -81,35 +87,41 @@ class Monitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         own = {"run_id": self._spec.id, "seconds": self.seconds, "steps_timed": self.steps_timed}
-        return {**own, "unwritten_losses": list(self._losses)}
+        # Of all processes: those that go on from here may be fewer or more.
+        unwritten = list(self._ranks.sum(torch.stack(self._losses)).unbind()) if self._losses else []
+        return {**own, "unwritten_losses": unwritten}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._losses = list(state_dict["unwritten_losses"])
+        self._losses = [loss if self._ranks.leads else loss * 0 for loss in state_dict["unwritten_losses"]]
         if state_dict["run_id"] == self._spec.id:
             self.seconds, self.steps_timed = state_dict["seconds"], state_dict["steps_timed"]
 
 
-class Checkpoints(Callback):
-    """Saves the newest state on a timer and by step, and the trunk's state wherever a sibling branches off."""
+class Checkpoints(AfterStep):
+    """Saves the newest state on a timer and by step, and the trunk's state wherever a sibling branches off.
+
+    Several processes save together, so they agree after every step on whether they do.
+    """
 
     def __init__(self, spec: RunSpec, folder: RunFolder, trunk: Path, placement: Placement,
-                 should_stop: Callable[[], bool]) -> None:  # fmt: skip
+                 should_stop: Callable[[], bool], ranks: Ranks) -> None:  # fmt: skip
         self._spec, self._folder, self._trunk, self._placement = spec, folder, trunk, placement
-        self._should_stop = should_stop
+        self._should_stop, self._ranks = should_stop, ranks
         # Past its own branch step a run has left the trunk.
         self._branches = {s for s in (*placement.branch_steps, spec.train.branch_step) if s <= spec.train.branch_step}
         self._saved = time.monotonic()
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
         if step in self._branches:
             path = trunk_checkpoint(self._trunk, step)
-            if not path.exists():
-                write_atomic(path.with_suffix(".jsonl"), _read(self._folder.metrics))
+            if not self._ranks.agree(path.exists()):
+                if self._ranks.leads:
+                    write_atomic(path.with_suffix(".jsonl"), _read(self._folder.metrics))
                 trainer.save_checkpoint(path)
-        stopping = self._should_stop()
         every = self._placement.checkpoint_steps
-        due = time.monotonic() - self._saved > 60 * self._placement.checkpoint_minutes
+        late = time.monotonic() - self._saved > 60 * self._placement.checkpoint_minutes
+        stopping, due = self._ranks.any(self._should_stop(), late)
         if step < self._spec.train.steps and (stopping or due or (every and step % every == 0)):
             trainer.save_checkpoint(self._folder.checkpoints / NEWEST)
             self._saved = time.monotonic()

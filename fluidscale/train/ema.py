@@ -5,28 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from torch.distributed.tensor import DTensor
+
+from fluidscale.train.steps import AfterStep
 
 
-class EMA(Callback):
-    """Averages the model's parameters after every update; travels in the checkpoint."""
+class EMA(AfterStep):
+    """Averages the model's parameters after every update; travels in the checkpoint, sharded where they are."""
 
     def __init__(self, decay: float) -> None:
         self._decay = decay
         self._shadow: list[torch.Tensor] = []
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not self._shadow:
-            self._shadow = [p.detach().clone() for p in pl_module.parameters()]
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._shadow = [s.to(p.device) for s, p in zip(self._shadow, pl_module.parameters(), strict=True)]
+        parameters = [p.detach() for p in pl_module.parameters()]
+        shadow = self._shadow or [p.clone() for p in parameters]
+        self._shadow = [s.to(p.device) for s, p in zip(shadow, parameters, strict=True)]
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.no_grad():
+            shadow = [_local(tensor) for tensor in self._shadow]
+            current = [_local(p.detach()) for p in pl_module.parameters()]
             # One call for all tensors; torch has no public name for it.
-            current = [p.detach() for p in pl_module.parameters()]
-            torch._foreach_lerp_(self._shadow, current, 1 - self._decay)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_lerp_(shadow, current, 1 - self._decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Any]:
         return {"shadow": self._shadow}
@@ -39,3 +41,8 @@ class EMA(Callback):
         with torch.no_grad():
             for parameter, average in zip(model.parameters(), self._shadow, strict=True):
                 parameter.copy_(average)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded tensor that lies here: an average needs no other."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
