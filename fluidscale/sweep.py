@@ -107,7 +107,8 @@ def load_sweep(name: str, sizes: Sequence[str] | None = None, arms: Sequence[str
     kept_arms = _filter(all_arms, arms, "ARM", where)
     runs = [
         run
-        for size, arm, seed in itertools.product(kept_sizes, kept_arms, plan.get("seeds", [0]))
+        for size, arm in itertools.product(kept_sizes, kept_arms)
+        for seed in _seeds(plan, size, where)
         for varied in _varied(plan.get("vary") or {}, where)
         for run in _runs(plan, arm, size, ladder[size], int(seed), varied, where)
     ]
@@ -157,6 +158,18 @@ def _filter(there: list[str], wanted: Sequence[str] | None, label: str, where: s
         if value not in there:
             raise InvalidInput(f"{label}={value} is not in {where}; it has: {', '.join(there)}")
     return [value for value in there if value in wanted]
+
+
+def _seeds(plan: dict[str, Any], size: str, where: str) -> list[Any]:
+    """The seeds of a size: one list for all sizes, or a mapping with a list for each."""
+    seeds = plan.get("seeds", [0])
+    if isinstance(seeds, dict):
+        if size not in seeds:
+            raise InvalidInput(f"{where}: seeds: no list for size {size}; it has: {', '.join(map(str, seeds))}")
+        seeds = seeds[size]
+    if not isinstance(seeds, list):
+        raise InvalidInput(f"{where}: seeds: expected a list of numbers, or one for each size, got {seeds!r}")
+    return seeds
 
 
 def _varied(vary: dict[str, list[Any]], where: str) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,8 @@ def write(tmp_path, body: str) -> str:
     return str(path)
 
 
-GOOD = "sizes: [50K]\narms: [discrete-raster]\nimages: [8192]\n"
+# The recipe gives raster order a rate of its own, which a file's defaults do not reach.
+GOOD = "sizes: [50K]\narms: [discrete-random]\nimages: [8192]\n"
 
 
 def test_local_is_four_arms_by_five_sizes_by_three_data_sizes():
@@ -44,6 +45,16 @@ def test_every_shipped_sweep_resolves():
             assert load_sweep(path.stem).runs
 
 
+def test_each_size_may_have_seeds_of_its_own(tmp_path):
+    body = "sizes: [50K, 80K]\narms: [discrete-raster]\nimages: [8192]\nseeds: {50K: [0, 1, 2], 80K: [0]}\n"
+    runs = load_sweep(write(tmp_path, body)).runs
+    assert sorted((run.size, run.seed) for run in runs) == [("50K", 0), ("50K", 1), ("50K", 2), ("80K", 0)]
+
+
+def test_more_seeds_keep_what_the_ladder_has_run():
+    assert {run.id for run in load_sweep("local").runs} < {run.id for run in load_sweep("seeds").runs}
+
+
 def test_a_dotted_key_varies(tmp_path):
     runs = load_sweep(
         write(tmp_path, GOOD + "vary: {train.weight_decay: [0, 0.1], model.aligner_depth: [0, 1]}\n")
@@ -52,7 +63,7 @@ def test_a_dotted_key_varies(tmp_path):
 
 
 def test_the_rate_falls_with_width_where_a_width_is_named_for_it(tmp_path):
-    rates = {run.size: run.train.lr for run in load_sweep("local").runs}
+    rates = {run.size: run.train.lr for run in load_sweep("local", arms=["discrete-random"]).runs}
     assert rates["930K"] == 2e-3 and rates["50K"] == pytest.approx(2e-3 * 96 / 16)
     (own,) = load_sweep(write(tmp_path, GOOD + "defaults: {train: {lr: 1.0e-3, lr_width: 16}}\n")).runs
     assert own.train.lr == 1e-3
@@ -64,13 +75,15 @@ def test_the_rate_falls_with_width_where_a_width_is_named_for_it(tmp_path):
         ("sizes: [50k]\nimages: [8192]\n", r"sizes: unknown key '50k'; did you mean '50K'"),
         (GOOD + "defaults: {train: {learning_rate: 1}}\n", r"train: unknown key 'learning_rate'"),
         (GOOD + "seed: [1]\n", r"mine.yaml: unknown key 'seed'; did you mean 'seeds'"),
+        (GOOD + "seeds: {80K: [0]}\n", r"seeds: no list for size 50K; it has: 80K"),
+        (GOOD + "seeds: 3\n", r"seeds: expected a list of numbers, or one for each size, got 3"),
         (GOOD + "vary: {train.lrs: [1]}\n", r"unknown key 'lrs'; did you mean 'lr'"),
         (GOOD + "defaults: {model: {num_heads: 3}, train: {lr: -1}}\n", r"lr .*must be positive"),
         ("sizes: [50K]\nimages: [1000]\n", r"1000 is not a multiple of the batch 64"),
         ("sizes: [50K]\nimages: [128]\n", r"2 steps cannot hold 60 of warm-up"),
         (GOOD + "defaults: {data: {world: icons33}}\n", r"unknown key 'icons33'; did you mean 'icons32'"),
         (GOOD + "by_token_kind: {discrete: {tokenizer: nothing}}\n", r"no tokenizer 'nothing'"),
-        (GOOD + "by_order: {raster: {model: {mask_law: cosine}}}\n", r"mask_law 'cosine' is not for raster"),
+        (GOOD + "by_order: {random: {model: {mask_law: none}}}\n", r"mask_law 'none' is not for random"),
         (GOOD + "by_token_kind: {discrete: {tokenizer: icons32-vae}}\n", r"cannot use the continuous tokenizer"),
         ("sizes: [50K\n", "not readable as YAML"),
         ("arms: [discrete]\nsizes: [50K]\nimages: [8192]\n", "arms: unknown key 'discrete'"),
