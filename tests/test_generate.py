@@ -19,12 +19,13 @@ from fluidscale.evaluate.agreement import agreement
 from fluidscale.evaluate.detect import load_detector
 from fluidscale.evaluate.features import load_features
 from fluidscale.evaluate.fid import FrechetDistance, reference_features, scene_captions
-from fluidscale.evaluate.generate import Samples, draw, image_seed
+from fluidscale.evaluate.generate import draw, image_seed
 from fluidscale.evaluate.geneval import GenEval
 from fluidscale.evaluate.grid import contact_sheet
 from fluidscale.evaluate.protocol import Detection
 from fluidscale.evaluate.references import references
 from fluidscale.evaluate.rules import Verdict
+from fluidscale.evaluate.samples import Samples
 from fluidscale.model.build import build
 from fluidscale.record import Placement
 from fluidscale.spec import InvalidInput, to_json
@@ -186,9 +187,9 @@ def test_agreement_counts_verdicts_and_takes_chance_out():
 def test_reference_features_are_shared_and_checked(subject):
     features = load_features(subject.features_name)
     first = reference_features(subject, features)
-    (path,) = subject.cache_dir.glob("*.npy")
+    (path,) = subject.cache_dir.glob("reference-*.npy")
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InvalidInput, match="damaged reference features"):
+    with pytest.raises(InvalidInput, match="damaged features"):
         reference_features(subject, features)
     path.unlink()
     assert np.array_equal(reference_features(subject, features), first)

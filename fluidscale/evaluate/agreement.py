@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from fluidscale.evaluate.detect import load_detector
-from fluidscale.evaluate.generate import Samples
 from fluidscale.evaluate.geneval import draw_prompts, judge_images, per_prompt, prompts_of, summarise
 from fluidscale.evaluate.protocol import Metric, Progress, Score, Subject, protocol_id, silent
 from fluidscale.evaluate.rules import Verdict
+from fluidscale.evaluate.samples import Samples
 from fluidscale.spec import RunSpec, canonical
 from fluidscale.tokens.shipped import exists
 

@@ -6,9 +6,9 @@ real scenes. The distance is called after its features (FD-icons32): FID is said
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +21,11 @@ from fluidscale.evaluate.distances import (
     moments,
     precision_recall,
 )
+from fluidscale.evaluate.extract import features_of, load_features_file, save_features_file
 from fluidscale.evaluate.features import IconFeatures, load_features
 from fluidscale.evaluate.generate import draw
 from fluidscale.evaluate.protocol import Metric, Progress, Score, Subject, protocol_id, silent
-from fluidscale.record import write_atomic
-from fluidscale.spec import InvalidInput, RunSpec, canonical
+from fluidscale.spec import RunSpec, canonical
 from fluidscale.world import World
 
 # Where in the stream of real scenes the captions and the reference begin: far apart, and far from validation's (0).
@@ -57,21 +57,27 @@ class FrechetDistance:
         protocol, n = self.protocol(subject), subject.spec.evaluate.fd_images
         network = load_features(subject.features_name, subject.device)
         samples = draw(subject, "captions", scene_captions(subject.world, n), progress=progress)
-        drawn = network(samples.images())
+        drawn = features_of(samples, network, subject.cache_dir, subject.share, progress)
         real = reference_features(subject, network, progress)
-        reference = moments(real)
-        unit = f"FD-{network.name.removesuffix('-features')}"
         facts = {"features": network.name, "features_sha256": network.sha256, "reference_images": len(real)}
+        yield from distances(self.name, drawn, real, network.name.removesuffix("-features"), protocol, facts)
 
-        def score(name: str, value: float, se: float, unit: str, higher: bool) -> Score:
-            return Score(Metric(name, unit, higher), value, se, n, protocol, facts)
 
-        yield score("fd_inf", *with_error(drawn, reference, unbiased=True), unit, False)
-        yield score("kid", *kernel_distance(drawn, real), unit.replace("FD", "KID"), False)
-        precision, recall = precision_recall(drawn, real)
-        yield score("precision", precision, float(np.sqrt(precision * (1 - precision) / n)), "fraction", True)
-        yield score("recall", recall, jackknife(drawn, lambda f: precision_recall(f, real)[1], 10), "fraction", True)
-        yield score("fd", *with_error(drawn, reference), unit, False)
+def distances(
+    name: str, drawn: np.ndarray, real: np.ndarray, features: str, protocol: str, facts: dict[str, Any]
+) -> Iterator[Score]:
+    """All that two sets of features (n, F) and (m, F) say: `<name>_inf`, kid, precision, recall, `<name>` last."""
+    reference, n = moments(real), len(drawn)
+
+    def score(name: str, value: float, se: float, unit: str, higher: bool) -> Score:
+        return Score(Metric(name, unit, higher), value, se, n, protocol, facts)
+
+    yield score(f"{name}_inf", *with_error(drawn, reference, unbiased=True), f"{name.upper()}-{features}", False)
+    yield score("kid", *kernel_distance(drawn, real), f"KID-{features}", False)
+    precision, recall = precision_recall(drawn, real)
+    yield score("precision", precision, float(np.sqrt(precision * (1 - precision) / n)), "fraction", True)
+    yield score("recall", recall, jackknife(drawn, lambda f: precision_recall(f, real)[1], 10), "fraction", True)
+    yield score(name, *with_error(drawn, reference), f"{name.upper()}-{features}", False)
 
 
 def with_error(features: np.ndarray, reference: Moments, unbiased: bool = False) -> tuple[float, float]:
@@ -99,24 +105,13 @@ def reference_id(subject: Subject, network: IconFeatures) -> str:
 
 
 def reference_features(subject: Subject, network: IconFeatures, progress: Progress = silent) -> np.ndarray:
-    """Features (m, F) of the real reference scenes, computed once for all runs of a folder.
-
-    Runs that need them at the same moment compute the same numbers, and the last rename wins: none reads half a file.
-    """
+    """Features (m, F) of the real reference scenes, computed once for all runs of a folder."""
     path = subject.cache_dir / f"{reference_id(subject, network)}.npy"
     count = reference_count(subject.spec.evaluate.fd_images)
-    if path.exists():
-        try:
-            features = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise InvalidInput(f"{path}: damaged reference features ({error}); delete the file") from error
-        if features.shape != (count, network.width):
-            raise InvalidInput(f"{path}: {features.shape}, expected {(count, network.width)}; delete the file")
-        return features
+    if (known := load_features_file(path, (count, network.width))) is not None:
+        return known
     features = scene_features(subject.world, network, REFERENCE_START, count, progress)
-    content = io.BytesIO()
-    np.save(content, features)
-    write_atomic(path, content.getvalue())
+    save_features_file(path, features)
     return features
 
 

@@ -1,6 +1,7 @@
 """The images of a prompt set, drawn once into a folder; every metric is computed from the folder.
 
     samples/<set>-<id>/prompts.jsonl    a line an image: file, prompt, seed, and the prompt's own facts
+                       drawing.json     the run, its weights and how they were sampled
                        000000.png ..    as drawn, uint8, never JPEG
                        grid.png         a contact sheet for people
 
@@ -15,45 +16,23 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fluidscale.evaluate.grid import contact_sheet
 from fluidscale.evaluate.protocol import Progress, Subject, protocol_id, silent
+from fluidscale.evaluate.samples import DRAWING, PROMPTS, Samples, read_image
 from fluidscale.model.generator import generate
 from fluidscale.model.transformer import Text
-from fluidscale.record import write_atomic
-from fluidscale.spec import InvalidInput, canonical
+from fluidscale.record import write_atomic, write_json
+from fluidscale.spec import canonical
 from fluidscale.world.captions import PREFIX
 
 # Tokens drawn in one batch: bounds memory; what is drawn does not depend on it.
 _BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Samples:
-    """A folder of drawn images; `rows` are the lines of its prompts.jsonl, an image each."""
-
-    folder: Path
-    rows: tuple[dict[str, Any], ...]
-
-    def images(self) -> np.ndarray:
-        """uint8 (n, H, W, 3). Raises InvalidInput when an image is missing, unreadable or of another size."""
-        missing = [row["file"] for row in self.rows if not (self.folder / row["file"]).exists()]
-        if missing:
-            raise InvalidInput(
-                f"{self.folder}: {len(missing)} of {len(self.rows)} images are missing, first {missing[0]}; "
-                "a score of fewer would be another score: evaluate again to draw them"
-            )
-        images = [_read_image(self.folder / row["file"]) for row in self.rows]
-        for row, image in zip(self.rows, images, strict=True):
-            if image.shape != images[0].shape:
-                raise InvalidInput(f"{self.folder / row['file']}: {image.shape[:2]}, the others {images[0].shape[:2]}")
-        return np.stack(images)
 
 
 def draw(
@@ -67,10 +46,14 @@ def draw(
     sampling = canonical(subject.spec.evaluate.sampling)
     folder = subject.samples_dir / protocol_id(name, rows=rows, sampling=sampling, weights=subject.weights_sha256)
     samples = Samples(folder, rows)
-    missing = [row for row in rows if not (folder / row["file"]).exists()]
+    missing = [row for row in subject.share.mine(rows) if not (folder / row["file"]).exists()]
     if missing:
-        write_atomic(folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        _draw(subject, folder, missing, len(rows), progress)
+        write_atomic(folder / PROMPTS, "".join(json.dumps(row) + "\n" for row in rows))
+        write_json(
+            folder / DRAWING, {"run_id": subject.spec.id, "sampling": sampling, "weights": subject.weights_sha256}
+        )
+        _draw(subject, folder, missing, len(subject.share.mine(rows)), progress)
+    subject.share.wait()
     if not (folder / "grid.png").exists():
         write_atomic(folder / "grid.png", contact_sheet(*_showcase(samples)))
     return samples
@@ -113,17 +96,9 @@ def _write_image(path: Path, image: np.ndarray) -> None:
     os.replace(temporary, path)
 
 
-def _read_image(path: Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise InvalidInput(f"{path}: not a readable PNG; delete it and evaluate again to draw it anew") from error
-
-
 def _showcase(samples: Samples, count: int = 24) -> tuple[list[np.ndarray], list[str]]:
     """Images and captions for the contact sheet, spread evenly over the prompts."""
     picked = np.unique(np.linspace(0, len(samples.rows) - 1, min(count, len(samples.rows))).round().astype(int))
     rows = [samples.rows[k] for k in picked]
     captions = [row["prompt"].removeprefix(PREFIX) for row in rows]
-    return [_read_image(samples.folder / row["file"]) for row in rows], captions
+    return [read_image(samples.folder / row["file"]) for row in rows], captions

@@ -10,13 +10,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fluidscale.evaluate.detect import load_detector
-from fluidscale.evaluate.generate import Samples, draw
+from fluidscale.evaluate.generate import draw
 from fluidscale.evaluate.protocol import (
     Detection,
     Detector,
@@ -28,6 +29,7 @@ from fluidscale.evaluate.protocol import (
     silent,
 )
 from fluidscale.evaluate.rules import Verdict, check_prompts, judge
+from fluidscale.evaluate.samples import Samples
 from fluidscale.record import write_atomic
 from fluidscale.spec import RunSpec, canonical
 from fluidscale.world.captions import TAGS
@@ -87,15 +89,21 @@ def judge_images(
     prompts: Sequence[Mapping[str, Any]],
     detector: Detector,
     progress: Progress = silent,
-    color_of: Callable[[Detection], str] | None = None,
+    color_of: Callable[[np.ndarray, Detection], str] | None = None,
 ) -> list[Verdict]:
-    """One verdict per image uint8 (n, H, W, 3) against the prompt beside it. Raises InvalidInput on an unfit prompt."""
+    """One verdict per image uint8 (n, H, W, 3) against the prompt beside it. Raises InvalidInput on an unfit prompt.
+
+    `color_of` (image, detection) names colours where the detector does not.
+    """
     check_prompts(prompts, detector.classes, detector.colors)
     verdicts: list[Verdict] = []
     for start in range(0, len(images), _BATCH):
         for detections in detector.detect(images[start : start + _BATCH]):
-            prompt = prompts[len(verdicts)]
-            verdicts.append(judge(detections, prompt, color_of) if color_of else judge(detections, prompt))
+            image, prompt = images[len(verdicts)], prompts[len(verdicts)]
+            verdict = judge(detections, prompt, partial(color_of, image)) if color_of else judge(detections, prompt)
+            # Masks have done their work: those of a whole set would not fit into memory.
+            kept = {cls: [replace(one, mask=None) for one in found] for cls, found in verdict.found.items()}
+            verdicts.append(replace(verdict, found=kept))
         progress("judging", len(verdicts), len(images))
     return verdicts
 
@@ -103,10 +111,13 @@ def judge_images(
 def per_prompt(
     right: Sequence[bool] | np.ndarray, rows: Sequence[Mapping[str, Any]]
 ) -> tuple[list[np.ndarray], list[str]]:
-    """`right`, an entry an image, in one array per prompt, with each prompt's tag; images of one text are one group."""
-    groups: dict[tuple[str, str], list[bool]] = {}
+    """`right`, an entry an image, in one array per prompt, with each prompt's tag.
+
+    Images of one text are one group, or of one `index` where rows have it: a file may pose a text twice.
+    """
+    groups: dict[tuple[str, str | int], list[bool]] = {}
     for correct, row in zip(right, rows, strict=True):
-        groups.setdefault((row["tag"], row["prompt"]), []).append(bool(correct))
+        groups.setdefault((row["tag"], row.get("index", row["prompt"])), []).append(bool(correct))
     return [np.array(c) for c in groups.values()], [tag for tag, _ in groups]
 
 
@@ -143,12 +154,16 @@ class GenEval:
         if unseen:
             same = [rate.value for tag, rate in seen.tags.items() if tag in unseen.tags] if seen else []
             extra = {**facts, **unseen.as_json(), "seen_same_tags": float(np.mean(same)) if same else None}
-            yield _score("geneval_unseen", unseen.overall, protocol, extra)
+            yield rate_score("geneval_unseen", unseen.overall, protocol, extra)
         if not seen:
             return
         for tag, rate in seen.tags.items():
-            yield _score(f"geneval_{tag}", rate, protocol, {**facts, "se_seed": rate.se_seed, "prompts": rate.prompts})
-        yield _score("geneval", seen.overall, protocol, {**facts, **seen.as_json(), "prompts": seen.overall.prompts})
+            yield rate_score(
+                f"geneval_{tag}", rate, protocol, {**facts, "se_seed": rate.se_seed, "prompts": rate.prompts}
+            )
+        yield rate_score(
+            "geneval", seen.overall, protocol, {**facts, **seen.as_json(), "prompts": seen.overall.prompts}
+        )
 
     def _summary(self, subject: Subject, split: str, detector: Detector, progress: Progress) -> Summary | None:
         """Draws and judges one split's prompts; None when the world has none of it."""
@@ -185,15 +200,30 @@ def repeated(prompts: Sequence[Mapping[str, Any]], images_per_prompt: int) -> li
 
 
 def write_results(samples: Samples, verdicts: Sequence[Verdict]) -> None:
-    """results.jsonl beside the images, in the official layout: metadata and boxes are JSON inside the JSON."""
-    lines = []
-    for row, verdict in zip(samples.rows, verdicts, strict=True):
-        metadata = {key: row[key] for key in ("tag", "include", "exclude", "prompt") if key in row}
-        boxes = {cls: [[*d.box, d.score] for d in found] for cls, found in verdict.found.items()}
-        line = {"filename": row["file"], "tag": row["tag"], "prompt": row["prompt"], "correct": verdict.correct}
-        line |= {"reason": verdict.reason, "metadata": json.dumps(metadata), "details": json.dumps(boxes)}
-        lines.append(json.dumps(line) + "\n")
-    write_atomic(samples.folder / "results.jsonl", "".join(lines))
+    """results.jsonl beside the images, in the official layout."""
+    lines = [json.dumps(result_line(row, verdict)) for row, verdict in zip(samples.rows, verdicts, strict=True)]
+    write_atomic(samples.folder / "results.jsonl", "".join(line + "\n" for line in lines))
+
+
+def result_line(row: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
+    """An image's line of results.jsonl: metadata and boxes are JSON inside the JSON, as GenEval writes them."""
+    metadata = {key: row[key] for key in ("tag", "include", "exclude", "prompt") if key in row}
+    boxes = {cls: [[*d.box, d.score] for d in found] for cls, found in verdict.found.items()}
+    line = {"filename": row["file"], "tag": row["tag"], "prompt": row["prompt"], "correct": verdict.correct}
+    return line | {"reason": verdict.reason, "metadata": json.dumps(metadata), "details": json.dumps(boxes)}
+
+
+def bootstrap_se(correct: Sequence[np.ndarray], tags: Sequence[str], repeats: int = 2000) -> float:
+    """Standard error of the overall score from drawing prompts anew within each tag (a cluster bootstrap).
+
+    It checks `Rate.se`, which has the same cause in closed form, without its normal approximation.
+    """
+    rng, overall = np.random.default_rng(0), np.zeros(repeats)
+    shares = {tag: np.array([c.mean() for c, t in zip(correct, tags, strict=True) if t == tag]) for tag in set(tags)}
+    for tag in sorted(shares):
+        drawn = rng.integers(len(shares[tag]), size=(repeats, len(shares[tag])))
+        overall += shares[tag][drawn].mean(axis=1) / len(shares)
+    return float(overall.std(ddof=1))
 
 
 def _rate(correct: Sequence[np.ndarray]) -> Rate:
@@ -208,5 +238,6 @@ def _rate(correct: Sequence[np.ndarray]) -> Rate:
     return Rate(float(shares.mean()), se, math.sqrt(within), n, k * n)
 
 
-def _score(name: str, rate: Rate, protocol: str, extra: dict[str, Any]) -> Score:
+def rate_score(name: str, rate: Rate, protocol: str, extra: dict[str, Any]) -> Score:
+    """A rate under its metric's name."""
     return Score(Metric(name, "fraction", True), rate.value, rate.se, rate.images, protocol, extra)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from fluidscale.evaluate.share import Share
 from fluidscale.spec import InvalidInput, RunSpec
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ class Subject:
     """What is judged: a trained model with the averaged weights, in eval mode, and where it came from.
 
     `detector` and `features` name the judges; empty means those that were trained for the run's own world. `variant`
-    names a way of sampling other than the run's own: its files lie in a folder of that name and never mix.
+    names a way of sampling other than the run's own: its files lie in a folder of that name and never mix. `share` is
+    the part of the images that this process draws and looks at; the scores are of all.
     """
 
     model: FluidModel
@@ -64,6 +66,7 @@ class Subject:
     detector: str = ""
     features: str = ""
     variant: str = ""
+    share: Share = field(default_factory=Share)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -142,6 +145,7 @@ class Detection:
     score: float  # in [0, 1]
     box: tuple[float, float, float, float]  # x0, y0, x1, y1 in px, y downwards
     color: str = ""  # the detector's verdict; empty when colours are classified by another model
+    mask: np.ndarray | None = field(default=None, compare=False, repr=False)  # bool (H, W), where the detector has one
 
 
 class Detector(Protocol):

@@ -1,0 +1,61 @@
+"""Which images of a set one process of several works on: every image once, whatever the number of processes.
+
+A distributed sampler that repeats samples until all ranks have equally many changes a Fréchet distance. Here images
+are dealt by their index, and results are put back in that order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of process `rank` of `ranks`. With more than one, all of them must make the same calls."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def mine(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Every `ranks`-th item, beginning at `rank`."""
+        return items[self.rank :: self.ranks]
+
+    def gathered(self, part: np.ndarray) -> np.ndarray:
+        """The rows (n, ..) of all processes in the order of the images, from this process's own."""
+        if self.ranks == 1:
+            return part
+        import torch.distributed as dist
+
+        parts: list = [None] * self.ranks
+        dist.all_gather_object(parts, part)
+        whole = np.empty((sum(map(len, parts)), *part.shape[1:]), part.dtype)
+        for rank, rows in enumerate(parts):
+            whole[rank :: self.ranks] = rows
+        return whole
+
+    def wait(self) -> None:
+        """Until every process is here: files of the others may then be read."""
+        if self.ranks > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+
+def share_of_environment() -> Share:
+    """The share that torchrun (RANK, WORLD_SIZE) gives this process; alone, all of it. Joins the process group."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1:
+        return Share()
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        # Only arrays on the host are exchanged.
+        dist.init_process_group("gloo")
+    return Share(dist.get_rank(), ranks)
