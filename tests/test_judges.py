@@ -92,69 +92,83 @@ def test_the_detector_is_the_model_and_the_post_processing(folders):
 # --- the converter -------------------------------------------------------------------------------------------------
 
 
+NORMS = {"weight": "weight", "bias": "bias"}
+SWIN, PIXEL, INNER = (
+    "model.pixel_level_module.encoder",
+    "model.pixel_level_module.decoder",
+    "model.transformer_module",
+)
+
+
+def pair(source: str, target: str, kinds: dict[str, str] = NORMS) -> dict[str, str]:
+    return {f"{source}.{a}": f"{target}.{b}" for a, b in kinds.items()}
+
+
 def mmdet_names(depths, layers: int, decoders: int, modern: bool) -> dict[str, str]:
     """mmdet's names, by hand, -> where transformers' hub format has that tensor (q, k, v as one, marked by *)."""
-    norms = {"weight": "weight", "bias": "bias"}
+    return swin_names(depths) | head_names(layers, decoders, modern)
+
+
+def swin_names(depths) -> dict[str, str]:
     names: dict[str, str] = {}
-
-    def pair(source: str, target: str, kinds=norms) -> None:
-        names.update({f"{source}.{a}": f"{target}.{b}" for a, b in kinds.items()})
-
-    swin, pixel, inner = ("model.pixel_level_module.encoder", "model.pixel_level_module.decoder",
-                          "model.transformer_module")  # fmt: skip
-    pair("backbone.patch_embed.projection", f"{swin}.embeddings.patch_embeddings.projection")
-    pair("backbone.patch_embed.norm", f"{swin}.embeddings.norm")
+    names |= pair("backbone.patch_embed.projection", f"{SWIN}.embeddings.patch_embeddings.projection")
+    names |= pair("backbone.patch_embed.norm", f"{SWIN}.embeddings.norm")
     for i, depth in enumerate(depths):
         for j in range(depth):
-            a, b = f"backbone.stages.{i}.blocks.{j}", f"{swin}.encoder.layers.{i}.blocks.{j}"
-            pair(f"{a}.norm1", f"{b}.layernorm_before")
-            pair(f"{a}.attn.w_msa.qkv", f"{b}.attention.self.*")
-            pair(f"{a}.attn.w_msa.proj", f"{b}.attention.output.dense")
+            a, b = f"backbone.stages.{i}.blocks.{j}", f"{SWIN}.encoder.layers.{i}.blocks.{j}"
+            names |= pair(f"{a}.norm1", f"{b}.layernorm_before")
+            names |= pair(f"{a}.attn.w_msa.qkv", f"{b}.attention.self.*")
+            names |= pair(f"{a}.attn.w_msa.proj", f"{b}.attention.output.dense")
             names[f"{a}.attn.w_msa.relative_position_bias_table"] = f"{b}.attention.self.relative_position_bias_table"
-            pair(f"{a}.norm2", f"{b}.layernorm_after")
-            pair(f"{a}.ffn.layers.0.0", f"{b}.intermediate.dense")
-            pair(f"{a}.ffn.layers.1", f"{b}.output.dense")
+            names |= pair(f"{a}.norm2", f"{b}.layernorm_after")
+            names |= pair(f"{a}.ffn.layers.0.0", f"{b}.intermediate.dense")
+            names |= pair(f"{a}.ffn.layers.1", f"{b}.output.dense")
         if i < 3:
-            pair(f"backbone.stages.{i}.downsample.norm", f"{swin}.encoder.layers.{i}.downsample.norm")
-            pair(f"backbone.stages.{i}.downsample.reduction", f"{swin}.encoder.layers.{i}.downsample.reduction",
+            names |= pair(f"backbone.stages.{i}.downsample.norm", f"{SWIN}.encoder.layers.{i}.downsample.norm")
+            names |= pair(f"backbone.stages.{i}.downsample.reduction", f"{SWIN}.encoder.layers.{i}.downsample.reduction",
                  {"weight": "weight"})  # fmt: skip
-        pair(f"backbone.norm{i}", f"{swin}.hidden_states_norms.stage{i + 1}")
+        names |= pair(f"backbone.norm{i}", f"{SWIN}.hidden_states_norms.stage{i + 1}")
+    return names
+
+
+def head_names(layers: int, decoders: int, modern: bool) -> dict[str, str]:
+    names: dict[str, str] = {}
     head = "panoptic_head"
     for i in range(3):
-        pair(f"{head}.pixel_decoder.input_convs.{i}.conv", f"{pixel}.input_projections.{i}.0")
-        pair(f"{head}.pixel_decoder.input_convs.{i}.gn", f"{pixel}.input_projections.{i}.1")
+        names |= pair(f"{head}.pixel_decoder.input_convs.{i}.conv", f"{PIXEL}.input_projections.{i}.0")
+        names |= pair(f"{head}.pixel_decoder.input_convs.{i}.gn", f"{PIXEL}.input_projections.{i}.1")
     ffn = "ffn" if modern else "ffns.0"
     for i in range(layers):
-        a, b = f"{head}.pixel_decoder.encoder.layers.{i}", f"{pixel}.encoder.layers.{i}"
+        a, b = f"{head}.pixel_decoder.encoder.layers.{i}", f"{PIXEL}.encoder.layers.{i}"
         for part in ("sampling_offsets", "attention_weights", "value_proj", "output_proj"):
-            pair(f"{a}.{'self_attn' if modern else 'attentions.0'}.{part}", f"{b}.self_attn.{part}")
-        pair(f"{a}.{ffn}.layers.0.0", f"{b}.fc1")
-        pair(f"{a}.{ffn}.layers.1", f"{b}.fc2")
-        pair(f"{a}.norms.0", f"{b}.self_attn_layer_norm")
-        pair(f"{a}.norms.1", f"{b}.final_layer_norm")
-    names[f"{head}.pixel_decoder.level_encoding.weight"] = f"{pixel}.level_embed"
+            names |= pair(f"{a}.{'self_attn' if modern else 'attentions.0'}.{part}", f"{b}.self_attn.{part}")
+        names |= pair(f"{a}.{ffn}.layers.0.0", f"{b}.fc1")
+        names |= pair(f"{a}.{ffn}.layers.1", f"{b}.fc2")
+        names |= pair(f"{a}.norms.0", f"{b}.self_attn_layer_norm")
+        names |= pair(f"{a}.norms.1", f"{b}.final_layer_norm")
+    names[f"{head}.pixel_decoder.level_encoding.weight"] = f"{PIXEL}.level_embed"
     for a, b in (("lateral_convs", "adapter_1"), ("output_convs", "layer_1")):
-        pair(f"{head}.pixel_decoder.{a}.0.conv", f"{pixel}.{b}.0", {"weight": "weight"})
-        pair(f"{head}.pixel_decoder.{a}.0.gn", f"{pixel}.{b}.1")
-    pair(f"{head}.pixel_decoder.mask_feature", f"{pixel}.mask_projection")
+        names |= pair(f"{head}.pixel_decoder.{a}.0.conv", f"{PIXEL}.{b}.0", {"weight": "weight"})
+        names |= pair(f"{head}.pixel_decoder.{a}.0.gn", f"{PIXEL}.{b}.1")
+    names |= pair(f"{head}.pixel_decoder.mask_feature", f"{PIXEL}.mask_projection")
     for i in range(decoders):
-        a, b = f"{head}.transformer_decoder.layers.{i}", f"{inner}.decoder.layers.{i}"
+        a, b = f"{head}.transformer_decoder.layers.{i}", f"{INNER}.decoder.layers.{i}"
         cross, own = ("cross_attn", "self_attn") if modern else ("attentions.0", "attentions.1")
-        pair(f"{a}.{cross}.attn", f"{b}.cross_attn", {f"in_proj_{k}": f"in_proj_{k}" for k in norms})
-        pair(f"{a}.{cross}.attn.out_proj", f"{b}.cross_attn.out_proj")
-        pair(f"{a}.{own}.attn", f"{b}.self_attn.*_proj", {f"in_proj_{k}": k for k in norms})
-        pair(f"{a}.{own}.attn.out_proj", f"{b}.self_attn.out_proj")
+        names |= pair(f"{a}.{cross}.attn", f"{b}.cross_attn", {f"in_proj_{k}": f"in_proj_{k}" for k in NORMS})
+        names |= pair(f"{a}.{cross}.attn.out_proj", f"{b}.cross_attn.out_proj")
+        names |= pair(f"{a}.{own}.attn", f"{b}.self_attn.*_proj", {f"in_proj_{k}": k for k in NORMS})
+        names |= pair(f"{a}.{own}.attn.out_proj", f"{b}.self_attn.out_proj")
         for k, part in enumerate(("cross_attn_layer_norm", "self_attn_layer_norm", "final_layer_norm")):
-            pair(f"{a}.norms.{k}", f"{b}.{part}")
-        pair(f"{a}.{ffn}.layers.0.0", f"{b}.fc1")
-        pair(f"{a}.{ffn}.layers.1", f"{b}.fc2")
-    pair(f"{head}.transformer_decoder.post_norm", f"{inner}.decoder.layernorm")
+            names |= pair(f"{a}.norms.{k}", f"{b}.{part}")
+        names |= pair(f"{a}.{ffn}.layers.0.0", f"{b}.fc1")
+        names |= pair(f"{a}.{ffn}.layers.1", f"{b}.fc2")
+    names |= pair(f"{head}.transformer_decoder.post_norm", f"{INNER}.decoder.layernorm")
     for a, b in (("query_embed", "queries_embedder"), ("query_feat", "queries_features")):
-        names[f"{head}.{a}.weight"] = f"{inner}.{b}.weight"
-    names[f"{head}.level_embed.weight"] = f"{inner}.level_embed.weight"
-    pair(f"{head}.cls_embed", "class_predictor")
+        names[f"{head}.{a}.weight"] = f"{INNER}.{b}.weight"
+    names[f"{head}.level_embed.weight"] = f"{INNER}.level_embed.weight"
+    names |= pair(f"{head}.cls_embed", "class_predictor")
     for a, b in ((0, 0), (2, 1), (4, 2)):
-        pair(f"{head}.mask_embed.{a}", f"{inner}.decoder.mask_predictor.mask_embedder.{b}.0")
+        names |= pair(f"{head}.mask_embed.{a}", f"{INNER}.decoder.mask_predictor.mask_embedder.{b}.0")
     return names
 
 
