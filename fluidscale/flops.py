@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from fluidscale.spec import DiffusionSpec, ModelSpec, RunSpec
+from fluidscale.spec import DiffusionSpec, ModelSpec, RunSpec, SamplingSpec
 
 # MAR (arXiv 2406.11838): 256 sinusoids enter the time embedding of the denoising head.
 _TIME_FREQUENCIES = 256
@@ -98,11 +98,39 @@ def flops_per_image(spec: ModelSpec, batch: int | None = None) -> dict[str, floa
 
 def _denoising(spec: ModelSpec, head: DiffusionSpec, counted: float, batch: int | None) -> float:
     """Multiply-adds of the denoising head for `counted` tokens of one image."""
-    w, n = head.width, head.num_blocks
-    rows = counted * head.noise_repeats
-    per_row = spec.token_channels * w + 2 * n * w * w + (3 * n + 2) * w * w + w * _outputs(spec, head)
+    w, rows = head.width, counted * head.noise_repeats
     levels = 0.0 if batch is None else min(rows, _LEVELS[head.objective] / batch)
-    return counted * spec.width * w + rows * per_row + levels * (_TIME_FREQUENCIES * w + w * w)
+    times = levels * (_TIME_FREQUENCIES * w + w * w)
+    return counted * spec.width * w + rows * _denoising_row(spec, head) + times
+
+
+def _denoising_row(spec: ModelSpec, head: DiffusionSpec) -> float:
+    """Multiply-adds of one noisy token through the denoising head, its condition and time embedding given."""
+    w, n = head.width, head.num_blocks
+    return spec.token_channels * w + 2 * n * w * w + (3 * n + 2) * w * w + w * _outputs(spec, head)
+
+
+def sampling_flops(spec: ModelSpec, sampling: SamplingSpec) -> float:
+    """Forward FLOPs of drawing one image: what an evaluation costs, times its images.
+
+    Both branches of guidance are counted. Raster order keeps keys and values, so each token passes the trunk once and
+    attends to those before it; random order runs the whole trunk at every step. Every token passes the head once, a
+    denoising head once a step of its solver.
+    """
+    d, tokens, words = spec.width, spec.num_tokens, spec.text_length
+    parts = flops_per_image(spec)
+    branches = 1 if sampling.guidance_scale == 1 else 2
+    keys = spec.depth * words * 2 * d * d  # of the text, once an image
+    if spec.order == "raster":
+        # Token k attends to k others, where training computes the full square.
+        trunk = parts["body"] / 2 - spec.depth * (tokens * tokens - tokens) * d
+    else:
+        trunk = keys + sampling.num_inference_steps * (parts["body"] / 2 - keys)
+    head = float(tokens * d * spec.vocab_size)
+    if spec.head is not None:
+        per_token = sampling.num_denoising_steps * _denoising_row(spec, spec.head)
+        head = tokens * (d * spec.head.width + per_token)
+    return branches * (parts["text"] + 2.0 * trunk + 2.0 * head)
 
 
 def train_flops(spec: RunSpec) -> float:

@@ -5,11 +5,11 @@ import torch
 from tiny_models import ARMS, POSITIONS, arm_spec
 from torch.utils.flop_counter import FlopCounterMode
 
-from fluidscale.flops import flops_per_image, mean_counted, params, train_flops
+from fluidscale.flops import flops_per_image, mean_counted, params, sampling_flops, train_flops
 from fluidscale.model.build import build
 from fluidscale.model.order import MASK_LAWS
 from fluidscale.model.transformer import Text
-from fluidscale.spec import DiffusionSpec, ModelSpec
+from fluidscale.spec import DiffusionSpec, ModelSpec, SamplingSpec
 
 # arXiv 2410.13863, Table 1: reported parameters, blocks, channels, heads.
 PAPER = {"166M": (166e6, 12, 768, 12), "369M": (369e6, 16, 1024, 16), "665M": (665e6, 20, 1280, 16),
@@ -124,3 +124,25 @@ def test_time_embeddings_vanish_in_a_large_batch():
 def test_training_costs_three_forward_passes_an_image(tiny_spec):
     spec = tiny_spec("discrete-raster")
     assert train_flops(spec) == 3 * flops_per_image(spec.model, spec.train.batch)["total"] * 24 * 8
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_drawing_an_image_costs_its_passes(arm):
+    spec = arm_spec(arm, repeats=1)
+    length, d, solver_steps = spec.num_tokens, spec.width, 1 if spec.head else 0
+    whole = flops_per_image(dataclasses.replace(spec, mask_law="none"))
+    # What the cache of a causal order spares: token k attends to k others, not to all.
+    spared = 2 * spec.depth * (length**2 - length) * d if spec.order == "raster" else 0
+
+    def cost(guidance: float, num_steps: int, solver: int = solver_steps) -> float:
+        return sampling_flops(spec, SamplingSpec(guidance, 1.0, num_steps, "constant", solver))
+
+    assert cost(1.0, 1) == pytest.approx(whole["total"] - spared)
+    assert cost(3.0, 1) == pytest.approx(2 * cost(1.0, 1))
+    keys = spec.depth * spec.text_length * 4 * d * d
+    more = 0 if spec.order == "raster" else 4 * (whole["body"] - keys)
+    assert cost(1.0, 5) == pytest.approx(cost(1.0, 1) + more)
+    if spec.head:
+        # Five solver steps repeat all of the head but its condition.
+        condition = 2 * length * d * spec.head.width
+        assert cost(1.0, 1, 5) == pytest.approx(cost(1.0, 1) + 4 * (whole["head"] - condition))

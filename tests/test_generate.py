@@ -17,15 +17,17 @@ from fluidscale.evaluate import Subject, evaluate, fid, generate
 from fluidscale.evaluate.__main__ import main as command
 from fluidscale.evaluate.agreement import agreement
 from fluidscale.evaluate.detect import load_detector
+from fluidscale.evaluate.extract import features_of
 from fluidscale.evaluate.features import load_features
 from fluidscale.evaluate.fid import FrechetDistance, reference_features, scene_captions
 from fluidscale.evaluate.generate import draw, image_seed
 from fluidscale.evaluate.geneval import GenEval
 from fluidscale.evaluate.grid import contact_sheet
-from fluidscale.evaluate.protocol import Detection
+from fluidscale.evaluate.guidance import sweep
+from fluidscale.evaluate.protocol import Detection, Metric, Score
 from fluidscale.evaluate.references import references
 from fluidscale.evaluate.rules import Verdict
-from fluidscale.evaluate.samples import Samples
+from fluidscale.evaluate.samples import Samples, read_samples
 from fluidscale.model.build import build
 from fluidscale.record import Placement
 from fluidscale.spec import InvalidInput, to_json
@@ -226,6 +228,103 @@ def test_the_command_measures_a_folder_and_its_variants(subject, capsys):
     shown = capsys.readouterr().out
     assert "guidance_scale=1 fd " in shown and "FD-icons32" in shown
     assert {p.name for p in (run_dir / "eval").iterdir()} >= {"guidance_scale=1", "fd.json", "val_loss.json"}
+
+
+@pytest.fixture
+def run_dir(subject):
+    """The subject as a trained run's folder; a fresh model draws the same whatever the guidance."""
+    with torch.no_grad():
+        for parameter in subject.model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    (subject.run_dir / "ckpt").mkdir(parents=True)
+    (subject.run_dir / "spec.json").write_text(to_json(subject.spec))
+    save_file(subject.model.state_dict(), subject.run_dir / "ckpt" / "ema.safetensors")
+    return subject.run_dir
+
+
+def test_a_prompt_file_is_drawn_as_it_is_at_several_scales(run_dir, tmp_path, capsys, monkeypatch):
+    lines = [{"prompt": "a photo of a red apple", "tag": "colors", "note": 7}, {"prompt": "a photo of a cup"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command_line = [str(run_dir), "--prompts", str(tmp_path / "prompts.jsonl"), "--images-per-prompt", "3"]
+    drawn = count_drawn(monkeypatch)
+    assert command([*command_line, "--guidance-scale", "2,1"]) == 0
+    folders = [read_samples(Path(line)) for line in capsys.readouterr().out.split()]
+    assert drawn == [6, 6] and folders[0].sha256 != folders[1].sha256
+    rows = folders[0].rows
+    assert [row["index"] for row in rows] == [0, 0, 0, 1, 1, 1] and rows[0]["note"] == 7
+    assert len({row["seed"] for row in rows}) == 6
+    drawing = [json.loads((samples.folder / "drawing.json").read_text()) for samples in folders]
+    assert [one["sampling"]["guidance_scale"] for one in drawing] == [2, 1]
+    assert command(command_line) == 0 and drawn == [6, 6]
+
+
+def outside(samples, **changed):
+    score = {"metric": "fid", "unit": "FID", "higher_is_better": False, "value": 7.5, "se": 0.1, "n": 6}
+    return {"scores": [score | {"protocol": "p", "images_sha256": samples.sha256} | changed]}
+
+
+def test_an_outside_judges_scores_join_the_runs(run_dir, subject, tmp_path, capsys):
+    own, path = draw(subject, "few", PROMPTS), tmp_path / "scores.json"
+    sampling = dataclasses.replace(subject.spec.evaluate.sampling, guidance_scale=1.0)
+    evaluation = dataclasses.replace(subject.spec.evaluate, sampling=sampling)
+    spec = dataclasses.replace(subject.spec, evaluate=evaluation)
+    other = draw(dataclasses.replace(subject, spec=spec, variant="guidance_scale=1"), "few", PROMPTS)
+    for samples, place in ((own, "fid.json"), (other, "guidance_scale=1/fid.json")):
+        path.write_text(json.dumps(outside(samples)))
+        assert command([str(run_dir), "--merge", str(path)]) == 0
+        kept = json.loads((run_dir / "eval" / place).read_text())
+        assert kept["value"] == 7.5 and kept["weights"] == subject.weights_sha256
+    capsys.readouterr()
+    for changed, message in (
+        ({"images_sha256": "0" * 64}, "not of this run's"),
+        ({"protocol": "q"}, "two protocols"),
+        ({"value": "7.5"}, "has value '7.5'"),
+        ({"metric": "../x"}, "not a metric's name"),
+    ):
+        path.write_text(json.dumps(outside(own, **changed)))
+        assert command([str(run_dir), "--merge", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert json.loads((run_dir / "eval" / "fid.json").read_text())["protocol"] == "p"
+
+
+def test_of_several_guidance_scales_the_best_and_the_runs_own_are_named(run_dir, capsys):
+    assert command([str(run_dir), "--metrics", "fd", "--guidance-scale", "1,2"]) == 0
+    assert "fd: best" in capsys.readouterr().err
+    content = json.loads((run_dir / "eval" / "guidance" / "sweep.json").read_text())
+    fd = content["metrics"]["fd"]
+    assert content["own_guidance_scale"] == 2 and [one["guidance_scale"] for one in fd["scales"]] == [1, 2]
+    assert fd["fixed"]["value"] == json.loads((run_dir / "eval" / "fd.json").read_text())["value"]
+    assert fd["best"]["value"] == min(one["value"] for one in fd["scales"])
+
+
+def test_the_better_of_two_depends_on_the_metric():
+    def scores(value):
+        kinds = (("fd", False), ("geneval", True))
+        return [Score(Metric(name, "", higher), value, 0.1, 9, "p") for name, higher in kinds]
+
+    found = sweep(3.0, {1.0: scores(0.4), 2.0: scores(0.6)})
+    assert found["fd"]["best"]["guidance_scale"] == 1.0 and found["geneval"]["best"]["guidance_scale"] == 2.0
+    assert found["fd"]["fixed"] is None
+
+
+def test_features_are_kept_by_content(subject, monkeypatch):
+    network = load_features(subject.features_name)
+    samples, seen = draw(subject, "few", PROMPTS), []
+
+    class Counting:
+        name, sha256, width = network.name, network.sha256, network.width
+
+        def __call__(self, images):
+            seen.append(len(images))
+            return network(images)
+
+    first = features_of(samples, Counting(), subject.cache_dir)
+    moved = samples.folder.rename(samples.folder.with_name("elsewhere"))
+    assert np.array_equal(features_of(read_samples(moved), Counting(), subject.cache_dir), first) and seen == [6]
+    path = moved / samples.rows[0]["file"]
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    assert not np.array_equal(features_of(read_samples(moved), Counting(), subject.cache_dir), first) and seen == [6, 6]
 
 
 @pytest.mark.parametrize("asked", [["--metrics", "height"], []])

@@ -125,8 +125,8 @@ def swin_names(depths) -> dict[str, str]:
             names |= pair(f"{a}.ffn.layers.1", f"{b}.output.dense")
         if i < 3:
             names |= pair(f"backbone.stages.{i}.downsample.norm", f"{SWIN}.encoder.layers.{i}.downsample.norm")
-            names |= pair(f"backbone.stages.{i}.downsample.reduction", f"{SWIN}.encoder.layers.{i}.downsample.reduction",
-                 {"weight": "weight"})  # fmt: skip
+            place = f"{SWIN}.encoder.layers.{i}.downsample.reduction.weight"
+            names[f"backbone.stages.{i}.downsample.reduction.weight"] = place
         names |= pair(f"backbone.norm{i}", f"{SWIN}.hidden_states_norms.stage{i + 1}")
     return names
 

@@ -1,10 +1,15 @@
 """Evaluates a trained run again; what was measured before with the same weights costs nothing.
 
     python -m fluidscale.evaluate runs/ID
-    python -m fluidscale.evaluate runs/ID --metrics geneval fd --guidance-scale 1 2 3 5
+    python -m fluidscale.evaluate runs/ID --metrics geneval fd --guidance-scale 1,2,3,5
+    python -m fluidscale.evaluate runs/ID --metrics geneval --images-per-prompt 4        resumed where it was stopped
+    python -m fluidscale.evaluate runs/ID --prompts evaluation_metadata.jsonl --images-per-prompt 4
+    python -m fluidscale.evaluate runs/ID --merge FOLDER/scores.json
 
-Scores are kept in RUN_DIR/eval. Another guidance scale or number of steps than the run's own has a folder of its own
-there, e.g. eval/guidance_scale=3, and never changes the run's record.
+Scores are kept in RUN_DIR/eval. Another guidance scale, number of steps or of images than the run's own has a folder of
+its own there, e.g. eval/guidance_scale=3, and never changes the run's record; of several guidance scales the best of
+each metric is named beside the run's own (eval/guidance/sweep.json). --prompts draws the lines of a file as they are,
+for judges of your own (`python -m fluidscale.evaluate.judges --help`), and --merge takes back what they found.
 """
 
 from __future__ import annotations
@@ -13,11 +18,11 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fluidscale.evaluate.merge import merge
 from fluidscale.spec import InvalidInput
 
 # What depends on how images are drawn: all that is worth measuring again under another guidance scale.
@@ -30,13 +35,22 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a trained run (runs/ID)")
     parser.add_argument(
-        "--metrics", nargs="+", help="val_loss val_nll geneval fd; default: all that the run's spec asks for"
+        "--metrics", nargs="+", help="val_loss val_nll geneval fd ..; default: all that the run's spec asks for"
     )
-    parser.add_argument("--guidance-scale", nargs="+", type=float, help="one or more; default: the run's own")
+    parser.add_argument("--guidance-scale", nargs="+", type=scales, help="one or more, 1,2,3; default: the run's own")
     parser.add_argument("--num-inference-steps", type=int, help="autoregressive steps; default: the run's own")
+    parser.add_argument("--images-per-prompt", type=int, help="of GenEval-like prompts; default: the run's own, else 4")
+    parser.add_argument("--prompts", type=Path, metavar="JSONL", help="draw these instead of measuring")
+    parser.add_argument("--merge", type=Path, metavar="JSON", help="take an outside judge's scores into RUN_DIR/eval")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.merge:
+            print("\n".join(merge(arguments.run_dir, arguments.merge)))
+            return 0
+        if arguments.prompts:
+            print("\n".join(str(folder) for folder in _draw(arguments)))
+            return 0
         found = list(_evaluate(arguments))
     except InvalidInput as error:
         print(error, file=sys.stderr)
@@ -45,55 +59,88 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def scales(text: str) -> list[float]:
+    """One number or several with commas."""
+    return [float(part) for part in text.split(",") if part]
+
+
 def _evaluate(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from fluidscale.evaluate import evaluate
+    from fluidscale.evaluate.guidance import keep_sweep
+    from fluidscale.evaluate.shown import shown
+
+    asked = _asked_scales(arguments)
+    by_scale: dict[float, list[Any]] = {}
+    with shown() as progress:
+        for subject in _subjects(arguments, asked):
+            which = arguments.metrics or (_OF_DRAWING if subject.variant else None)
+            scale = subject.spec.evaluate.sampling.guidance_scale
+            for score in evaluate(subject, which, progress):
+                by_scale.setdefault(scale, []).append(score)
+                yield {"variant": subject.variant, **dataclasses.asdict(score.metric)} | {
+                    key: getattr(score, key) for key in ("value", "se", "n", "protocol")
+                }
+    if len(asked) > 1:
+        for line in keep_sweep(arguments.run_dir, _subjects(arguments, [None])[0], by_scale):
+            print(line, file=sys.stderr)
+
+
+def _draw(arguments: argparse.Namespace) -> Iterator[Path]:
+    """The folders that a prompt file was drawn into, one a guidance scale."""
+    from fluidscale.evaluate.generate import draw
+    from fluidscale.evaluate.shown import shown
+    from fluidscale.world.prompts import read_prompts
+
+    def check(prompt: Any) -> None:
+        if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
+            raise InvalidInput("expected a JSON object with a text under 'prompt'")
+
+    prompts = read_prompts(arguments.prompts, check)
+    repeats = 4 if arguments.images_per_prompt is None else arguments.images_per_prompt
+    rows = [{"index": index, **prompt} for index, prompt in enumerate(prompts) for _ in range(repeats)]
+    with shown() as progress:
+        for subject in _subjects(arguments, _asked_scales(arguments)):
+            yield draw(subject, arguments.prompts.stem, rows, progress).folder
+
+
+def _asked_scales(arguments: argparse.Namespace) -> list[float | None]:
+    return [scale for group in arguments.guidance_scale or [[None]] for scale in group]
+
+
+def _subjects(arguments: argparse.Namespace, guidance: list[float | None]) -> list[Any]:
+    """The run as it is sampled at each guidance scale; under torchrun, this process's share of the images."""
     from fluidscale.data.sources import open_source
-    from fluidscale.evaluate import Subject, evaluate
+    from fluidscale.evaluate import Subject
+    from fluidscale.evaluate.share import share_of_environment
     from fluidscale.folder import RunFolder
     from fluidscale.record import Placement
     from fluidscale.run import device_of, load_trained
 
+    if arguments.images_per_prompt is not None and arguments.images_per_prompt < 1:
+        raise InvalidInput(f"--images-per-prompt {arguments.images_per_prompt}: must be at least 1")
     spec, model = load_trained(arguments.run_dir)
     device = device_of(Placement())
     source = open_source(spec, RunFolder(arguments.run_dir).placement, arguments.run_dir.parent, device)
-    own = Subject(model.to(device), spec, source, arguments.run_dir, device)
-    with _shown() as progress:
-        for scale in arguments.guidance_scale or [None]:
-            subject = _variant(own, guidance_scale=scale, num_inference_steps=arguments.num_inference_steps)
-            which = arguments.metrics or (_OF_DRAWING if subject.variant else None)
-            for score in evaluate(subject, which, progress):
-                yield {"variant": subject.variant, **dataclasses.asdict(score.metric)} | {
-                    key: getattr(score, key) for key in ("value", "se", "n", "protocol")
-                }
+    own = Subject(model.to(device), spec, source, arguments.run_dir, device, share=share_of_environment())
+    images = None if arguments.prompts else arguments.images_per_prompt
+    return [
+        _variant(own, images, guidance_scale=scale, num_inference_steps=arguments.num_inference_steps)
+        for scale in guidance
+    ]
 
 
-def _variant(own: Any, **asked: float | None) -> Any:
-    """The subject with another way of sampling, named after what differs from the run's own."""
-    sampling = own.spec.evaluate.sampling
-    changed = {key: value for key, value in asked.items() if value not in (None, getattr(sampling, key))}
-    if not changed:
+def _variant(own: Any, images_per_prompt: int | None, **asked: float | None) -> Any:
+    """The subject with another way of sampling or number of images, named after what differs from the run's own."""
+    evaluation = own.spec.evaluate
+    changed = {key: value for key, value in asked.items() if value not in (None, getattr(evaluation.sampling, key))}
+    names = [f"{key}={value:g}" for key, value in changed.items()]
+    evaluation = dataclasses.replace(evaluation, sampling=dataclasses.replace(evaluation.sampling, **changed))
+    if images_per_prompt not in (None, evaluation.geneval_images_per_prompt):
+        evaluation = dataclasses.replace(evaluation, geneval_images_per_prompt=images_per_prompt)
+        names.append(f"images_per_prompt={images_per_prompt}")
+    if not names:
         return own
-    evaluation = dataclasses.replace(own.spec.evaluate, sampling=dataclasses.replace(sampling, **changed))
-    name = ",".join(f"{key}={value:g}" for key, value in changed.items())
-    return dataclasses.replace(own, spec=dataclasses.replace(own.spec, evaluate=evaluation), variant=name)
-
-
-@contextmanager
-def _shown() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress with the time left on a terminal; elsewhere a line whenever a phase ends. On stderr, beside --json."""
-    if not sys.stderr.isatty():
-        yield lambda phase, done, total: print(f"{phase}: {done}", file=sys.stderr) if done == total else None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task("loading", total=None)
-
-        def show(phase: str, done: int, total: int) -> None:
-            bars.update(task, description=phase, completed=done, total=total)
-
-        yield show
+    return dataclasses.replace(own, spec=dataclasses.replace(own.spec, evaluate=evaluation), variant=",".join(names))
 
 
 def _table(found: list[dict[str, Any]]) -> str:
