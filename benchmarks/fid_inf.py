@@ -2,8 +2,8 @@
 
     python benchmarks/fid_inf.py --width 64 --repeats 40
 
-Simulated Gaussian features of known distance: real ones N(0, I), drawn ones N(shift, scale^2 I), the reference exact, so
-that all that is left is the bias of the drawn side. Prints the table of fid_inf.md.
+Simulated Gaussian features of known distance: real ones N(0, I), drawn ones N(shift, scale^2 I), the reference exact,
+so that all that is left is the bias of the drawn side. Prints the table of fid_inf.md.
 """
 
 from __future__ import annotations
