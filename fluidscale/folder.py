@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import time
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from typing import Any
 
 from fluidscale.record import Placement, now, read_json, write_atomic, write_json
 from fluidscale.spec import from_dict
+
+# A status, an attempt and the last lines of a log, in blocks of a usual file system.
+_BALLAST_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,23 @@ class RunFolder:
         """Where the run was computed last; the default placement where that is not known."""
         path = self.path / "placement.json"
         return from_dict(Placement, read_json(path) or {}, str(path))
+
+    def open_for_writing(self, trunk_id: str) -> None:
+        """For the one process that computes the run: removes what dead writers left, and sets the ballast aside."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for place in (self.checkpoints, trunk_folder(self.path.parent, trunk_id)):
+            for partial in place.glob(".*.tmp"):
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+        if not self._ballast.exists():
+            write_atomic(self._ballast, b"\0" * _BALLAST_BYTES)
+
+    def drop_ballast(self) -> None:
+        """Makes room on a full disk for the status that says so."""
+        self._ballast.unlink(missing_ok=True)
+
+    @property
+    def _ballast(self) -> Path:
+        return self.checkpoints / "ballast"
 
     def set_status(self, state: str, **facts: Any) -> None:
         """Overwrites status.json: keys keep their last value until they are set again."""

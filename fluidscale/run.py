@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluidscale.folder import RunFolder
-from fluidscale.record import Placement, git_revision, read_json, row, write_atomic, write_json
+from fluidscale.record import Placement, git_revision, is_full, read_json, row, write_atomic, write_json
 from fluidscale.spec import InvalidInput, RunSpec, from_dict, run_spec_from_json, to_json
 
 if TYPE_CHECKING:
@@ -61,11 +61,14 @@ def run(
                 return _start_processes(folder, placement, should_stop)
             return _compute(spec, folder, placement, should_stop, ranks)
         except (Stopped, KeyboardInterrupt) as error:
+            log.info("%s", str(error) or "interrupted")
             folder.set_status("stopped", error=str(error) or "interrupted")
             raise
         except Exception as error:
+            if is_full(error):
+                folder.drop_ballast()
             log.error("%s", traceback.format_exc())
-            folder.set_status("failed", error=_one_line(error))
+            folder.set_status("stopped" if is_full(error) else "failed", error=_one_line(error))
             raise
 
 
@@ -77,6 +80,7 @@ def _claim(folder: RunFolder, spec: RunSpec, placement: Placement) -> None:
         raise InvalidInput(f"{there}: this folder holds another run; use a folder of its own for {spec.id}")
     write_atomic(there, to_json(spec))
     write_json(folder.path / "placement.json", dataclasses.asdict(placement))
+    folder.open_for_writing(spec.trunk_id)
     folder.set_status("running", phase="start", steps=spec.train.steps)
 
 

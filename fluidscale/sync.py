@@ -11,11 +11,14 @@ it level.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import logging
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fluidscale.sync")
 PAUSE_SECONDS = 3.0
+PATIENCE = 3  # runs in a row that a store may fail before a pass is given up
 NO_SWEEP = "runs"  # the experiment of runs that no sweep launched
 
 
@@ -40,18 +44,40 @@ def sweeps_of(runs: Path) -> dict[str, str]:
 
 
 def level(mirror: Mirror, runs: Path) -> int:
-    """Pushes every run folder once; returns how many could not be, each with a warning."""
+    """Pushes every run folder once; returns how many could not be, each with a warning.
+
+    One process at a time: two that see a run for the first time would each open one for it. A store that fails several
+    runs in a row is left in peace until the next pass: each try costs a timeout.
+    """
+    with _turn(runs):
+        return _level(mirror, runs)
+
+
+def _level(mirror: Mirror, runs: Path) -> int:
     from fluidscale.train.tracking import without_secrets
 
-    sweeps, failures = sweeps_of(runs), 0
-    for spec in sorted(runs.glob("*/spec.json")):
+    sweeps, failures, in_a_row = sweeps_of(runs), 0, 0
+    specs = sorted(runs.glob("*/spec.json"))
+    for number, spec in enumerate(specs):
         try:
             mirror.push(spec.parent, sweeps.get(spec.parent.name, NO_SWEEP))
+            in_a_row = 0
         except Exception as error:  # any fault of the tracker's: said, counted, tried again at the next pass
             reason = without_secrets(str(error).strip()).splitlines()[:1]
             log.warning("%s: not mirrored (%s)", spec.parent.name, (reason or [type(error).__name__])[0][:200])
-            failures += 1
+            failures, in_a_row = failures + 1, in_a_row + 1
+            if in_a_row == PATIENCE and (left := len(specs) - number - 1):
+                log.warning("the store does not take them: %d more runs not mirrored in this pass", left)
+                return failures + left
     return failures
+
+
+@contextmanager
+def _turn(runs: Path) -> Iterator[None]:
+    """Waits until no other process mirrors this folder; the kernel frees the lock of a process that dies."""
+    with open(runs / "mlflow" / "sync.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _follow(mirror: Mirror, runs: Path) -> int:

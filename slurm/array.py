@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from slurm.task import NOTICE_SECONDS, Conclusion, TrunkTask, is_finished
 _ARRAY_TASKS = 1000
 # In the last ten minutes of a job every preemption looks like a time-out to submitit, which allows three of them.
 _TIMEOUTS = 1_000_000
+# A notice that comes before Python can hear it would kill the task, and SLURM does not requeue what ended by itself.
+_DEAF_AT_FIRST = f'sh -c \'trap "" USR2; exec "$0" "$@"\' {shlex.quote(sys.executable)}'
 # Of the last job: it reads files and fits curves.
 _CONCLUSION_MINUTES = 120
 
@@ -45,19 +48,20 @@ class Array:
 
     def parameters(self) -> dict[str, Any]:
         """Of sbatch, as submitit takes them."""
-        profile = self.profile
+        profile, several = self.profile, self.profile.nodes * self.profile.devices > 1
         named = {key: getattr(profile, key) for key in ("partition", "account", "qos", "constraint")}
         waiting = {"dependency": self.after, "additional_parameters": {"kill-on-invalid-dep": "yes"}}
         return {
             **{key: value for key, value in named.items() if value},
-            **({} if profile.device == "cpu" else {"gpus_per_node": 1}),
+            **({} if profile.device == "cpu" else {"gpus_per_node": profile.devices}),
+            **({"nodes": profile.nodes, "ntasks_per_node": profile.devices} if several else {}),
             "time": profile.minutes,
             "cpus_per_task": profile.threads,
             "array_parallelism": profile.parallel,
             # At most a quarter of the job's time: a notice at its start would leave none to work in.
             "signal_delay_s": min(NOTICE_SECONDS, 15 * profile.minutes),
             # Since 22.05 srun no longer takes this over from sbatch.
-            "srun_args": [f"--cpus-per-task={profile.threads}"],
+            "srun_args": [f"--cpus-per-task={profile.threads}", *(["--kill-on-bad-exit=1"] if several else [])],
             **(waiting if self.after else {}),
         }
 
@@ -143,7 +147,8 @@ def _submit(queue: Queue, array: Array) -> str:
     """One sbatch call; returns the job's number."""
     overrides: dict[str, Any] = {}
     if array.stage == EVALUATE:
-        overrides = {"device": array.profile.device, "threads": array.profile.threads}
+        keys = ("device", "threads", "strategy", "nodes", "devices")
+        overrides = {key: getattr(array.profile, key) for key in keys}
     restarts = array.profile.restarts or {}
     tasks = [TrunkTask(str(queue.path), task, restarts, array.stage, overrides) for task in array.tasks]
     return _sbatch(queue, array, tasks)
@@ -151,7 +156,7 @@ def _submit(queue: Queue, array: Array) -> str:
 
 def _submit_conclusion(plan: Plan, queue: Queue, arguments: Sequence[str], jobs: set[str]) -> None:
     profile = plan.machine.profile.of(plan.runs[0].spec.size)
-    profile = replace(profile.evaluating or profile, device="cpu", minutes=_CONCLUSION_MINUTES)
+    profile = replace(profile.evaluating or profile, device="cpu", nodes=1, devices=1, minutes=_CONCLUSION_MINUTES)
     after = _afterany(jobs)
     _sbatch(queue, Array(profile, scheduler.CONCLUDE, ((queue.sweep,),), after), [Conclusion(arguments)])
 
@@ -159,7 +164,7 @@ def _submit_conclusion(plan: Plan, queue: Queue, arguments: Sequence[str], jobs:
 def _sbatch(queue: Queue, array: Array, tasks: Sequence[TrunkTask | Conclusion]) -> str:
     runs_dir = Path(queue.runs_dir)
     comment = scheduler.announce(runs_dir, queue.sweep, array.stage, array.tasks)
-    executor = SlurmExecutor(layout.worker_logs(runs_dir), max_num_timeout=_TIMEOUTS)
+    executor = SlurmExecutor(layout.worker_logs(runs_dir), max_num_timeout=_TIMEOUTS, python=_DEAF_AT_FIRST)
     name = queue.sweep if array.stage in (WHOLE, TRAIN) else f"{queue.sweep}-{array.stage}"
     executor.update_parameters(
         job_name=name, comment=comment, setup=_setup(runs_dir, array.profile), **array.parameters()

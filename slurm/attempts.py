@@ -33,6 +33,7 @@ class Attempt:
     host: str
     started: float  # seconds since the epoch, as `ended`
     devices: int
+    life: int = 0  # of the job: how often SLURM had put it back into its queue
     ended: float | None = None
     end: str = ""  # done | diverged | trained | error | stopped | one of RETRIED; empty while it lasts
     step: int = 0  # that it reached
@@ -46,7 +47,7 @@ def read(folder: RunFolder) -> list[Attempt]:
 
 def opened(folder: RunFolder, launch: str, devices: int) -> None:
     """Begins an attempt of this process; only the holder of the trunk's claim may."""
-    attempt = Attempt(launch, job_id(), socket.gethostname(), time.time(), devices)
+    attempt = Attempt(launch, job_id(), socket.gethostname(), time.time(), devices, life())
     _write(folder, [*bury(folder), attempt])
 
 
@@ -65,6 +66,12 @@ def bury(folder: RunFolder, end: str = NODE_FAILURE) -> list[Attempt]:
         attempts[-1] = replace(attempts[-1], ended=last, end=end, step=int(status.get("step", 0)))
         _write(folder, attempts)
     return attempts
+
+
+def is_open_here(folder: RunFolder) -> bool:
+    """Whether the first process of this very task is at work on the run."""
+    newest = read(folder)[-1:]
+    return any(a.ended is None and (a.job, a.life) == (job_id(), life()) for a in newest)
 
 
 def retries(attempts: Iterable[Attempt]) -> dict[str, int]:
@@ -100,6 +107,11 @@ def job_id() -> str:
     """SLURM's id of this task as squeue prints it; empty outside of a job."""
     array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID", "")
+
+
+def life() -> int:
+    """How often SLURM has put this task back into its queue."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
 def _write(folder: RunFolder, attempts: Iterable[Attempt]) -> None:

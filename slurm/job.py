@@ -11,13 +11,14 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fluidscale.folder import RunFolder
-from fluidscale.record import Placement, now, read_json, write_json
+from fluidscale.record import Placement, is_full, now, read_json, write_json
 from fluidscale.spec import InvalidInput, RunSpec, from_dict, run_spec_from_json
 from slurm import attempts, claim, layout
 from slurm.budget import Budget
@@ -26,6 +27,9 @@ from slurm.budget import Budget
 WHOLE, TRAIN, EVALUATE = "whole", "train", "evaluate"
 # What a stopped worker may take to reach the end of its step before it is unwound where it stands.
 STOP_SECONDS = 10.0
+
+# From one look of a process at what the first of its task has begun to the next.
+_FOLLOW_SECONDS = 0.2
 
 Execute = Callable[[RunSpec, Path, Placement, Callable[[], bool]], None]
 
@@ -159,16 +163,25 @@ class Worker:
         if reason := attempts.exhausted(attempts.bury(folder), self.queue.launch_id, self.restarts):
             fail(folder, RuntimeError(reason))
             return
-        attempts.opened(folder, self.queue.launch_id, devices=1)
         try:
-            self._execute(folder)
+            spec, placement = self._job(folder)
+        except InvalidInput as error:
+            fail(folder, error)
+            return
+        attempts.opened(folder, self.queue.launch_id, placement.processes)
+        try:
+            self._execute(folder, spec, placement)
         finally:
-            attempts.closed(folder, self._end(folder))
+            # On a full disk even this may fail; the next start then closes it.
+            with suppress(OSError):
+                attempts.closed(folder, self._end(folder))
 
-    def _execute(self, folder: RunFolder) -> None:
+    def _job(self, folder: RunFolder) -> tuple[RunSpec, Placement]:
+        spec, placement = read_job(folder.path)
+        return spec, replace(placement, evaluate=self.stage != TRAIN, **self.placement)
+
+    def _execute(self, folder: RunFolder, spec: RunSpec, placement: Placement) -> None:
         try:
-            spec, placement = read_job(folder.path)
-            placement = replace(placement, evaluate=self.stage != TRAIN, **self.placement)
             self.execute(spec, folder.path, placement, self.is_stopped)
         except (Stopped, KeyboardInterrupt):
             folder.set_status("stopped")
@@ -179,8 +192,33 @@ class Worker:
                 folder.set_status("stopped", error=None if self.stop() else self._budget.reason)
                 if isinstance(error, SystemExit):
                     raise
-            elif folder.status.get("state") != "failed":
+                return
+            if is_full(error):
+                # No next run would get any further; this one has said so, and is not to blame.
+                raise
+            if folder.status.get("state") != "failed":
                 fail(folder, error)
+            if placement.processes > 1:
+                # The others wait for this process in the middle of a step: its end is theirs.
+                raise
+
+    def follow(self, trunk_id: str) -> None:
+        """What the other processes of a placement do: each run together with the first, when that has begun it."""
+        for run_id in self.queue.trunks[trunk_id]:
+            folder = RunFolder(Path(self.queue.runs_dir) / run_id)
+            while not (over := is_over(folder, self.stage) or self.is_stopped()) and not attempts.is_open_here(folder):
+                time.sleep(_FOLLOW_SECONDS)
+            if over:
+                continue
+            spec, placement = self._job(folder)
+            try:
+                self.execute(spec, folder.path, placement, self.is_stopped)
+            except Exception:
+                deadline = time.monotonic() + STOP_SECONDS
+                while folder.status.get("state") != "stopped":
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(_FOLLOW_SECONDS)
 
     def _end(self, folder: RunFolder) -> str:
         state = str(folder.status.get("state"))
@@ -216,4 +254,3 @@ def fail(folder: RunFolder, error: BaseException) -> None:
         log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} failed\n")
         log.write("".join(traceback.format_exception(error)))
     folder.set_status("failed", error=reason)
-

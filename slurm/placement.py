@@ -38,6 +38,11 @@ class Profile:
     run_seconds: float
     checkpoint_minutes: float
     memory_gb: float = 0.0
+    strategy: str = "single"
+    nodes: int = 1
+    devices: int = 1
+    micro_batch: int = 0
+    recompute: bool = False
     partition: str = ""
     account: str = ""
     qos: str = ""
@@ -128,9 +133,26 @@ def choose(cluster: str, name: str | None, resources: Path | None = None) -> Mac
 
 
 def place(spec: RunSpec, profile: Profile, branch_steps: tuple[int, ...]) -> Placement:
-    """What `fluidscale.run` needs to know of the profile; `branch_steps` are those of all runs of its trunk."""
+    """What `fluidscale.run` needs to know of the profile; `branch_steps` are those of all runs of its trunk.
+
+    Raises InvalidInput when the batch does not divide into processes x micro-batches x their accumulation.
+    """
+    processes = profile.nodes * profile.devices
+    where = f"profile {profile.name}: {spec.arm} {spec.size}"
+    if processes > 1 and (profile.strategy == "single" or profile.cluster == "local"):
+        raise InvalidInput(f"{where}: {processes} devices a run need strategy ddp or fsdp, and cluster slurm")
+    if spec.train.batch % (processes * max(profile.micro_batch, 1)):
+        raise InvalidInput(
+            f"{where}: a batch of {spec.train.batch} is not micro_batch {profile.micro_batch} x {processes} devices x "
+            "a whole number of accumulated steps; change micro_batch, devices or nodes"
+        )
     return Placement(
         device=profile.device,
+        strategy=profile.strategy,
+        devices=profile.devices,
+        nodes=profile.nodes,
+        micro_batch=profile.micro_batch,
+        recompute=profile.recompute,
         threads=profile.threads,
         precision=profile.precision,
         checkpoint_minutes=profile.checkpoint_minutes,

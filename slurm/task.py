@@ -68,6 +68,7 @@ class TrunkTask:
             signal.setitimer(signal.ITIMER_REAL, 0)
         if stop():
             stop.leave()
+        stop.deafen()
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit puts back into the queue: the same task."""
@@ -76,9 +77,12 @@ class TrunkTask:
         )
 
     def _work(self, worker: Worker, trunk_id: str) -> None:
+        if not _leads():
+            worker.follow(trunk_id)
+            return
         deadline = time.monotonic() + _HANDOVER_SECONDS
         while not worker.is_stopped() and not worker.train(trunk_id):
-            if not _restarts() or is_finished(worker.queue, trunk_id, self.stage):
+            if not attempts.life() or is_finished(worker.queue, trunk_id, self.stage):
                 print(f"{trunk_id}: finished, or in another worker's hands", flush=True)
                 return
             if time.monotonic() > deadline:
@@ -121,8 +125,13 @@ class SlurmStop(StopSignal):
     def cause(self) -> str:
         """What SLURM says of this job at the first asking: preemption | time_limit | requeue, else stopped."""
         if not self._cause:
-            self._cause = cause_of(scheduler.job_facts(attempts.job_id()), _restarts(), self._noticed)
+            self._cause = cause_of(scheduler.job_facts(attempts.job_id()), attempts.life(), self._noticed)
         return self._cause
+
+    def deafen(self) -> None:
+        """All is done: a notice that comes while Python takes itself apart must not make a failure of it."""
+        if callable(self._requeue):
+            signal.signal(self._number, signal.SIG_IGN)
 
     def leave(self) -> None:
         """Ends this process, requeued where SLURM gave notice; on a bare SIGTERM SLURM itself has the last word."""
@@ -159,8 +168,9 @@ def is_finished(queue: Queue, trunk_id: str, stage: str = WHOLE) -> bool:
     return all(is_over(RunFolder(Path(queue.runs_dir) / run_id), stage) for run_id in queue.trunks[trunk_id])
 
 
-def _restarts() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+def _leads() -> bool:
+    """Whether this is the first of the processes that compute a run together: it alone claims, and writes files."""
+    return os.environ.get("SLURM_PROCID", "0") == "0"
 
 
 @contextmanager
@@ -169,7 +179,7 @@ def _mirrored(runs_dir: Path, stop: StopSignal) -> Iterator[None]:
 
     A database beside the runs is left to the last job: several nodes must not share one.
     """
-    if not is_remote(os.environ.get("MLFLOW_TRACKING_URI")):
+    if not (_leads() and is_remote(os.environ.get("MLFLOW_TRACKING_URI"))):
         yield
         return
     over = threading.Event()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+from collections.abc import Callable
 
 import pytest
 
@@ -29,3 +32,16 @@ def tiny(arm: str, steps: int = 24, decay_steps: int = 6, **train: float) -> Run
 @pytest.fixture(scope="session")
 def tiny_spec():
     return tiny
+
+
+@pytest.fixture
+def fault(request) -> Callable[..., None]:
+    """Notes, at the end of a test that stood a fault, what it left behind: a row of FAULTS.md (tests/faults.py)."""
+
+    def note(name: str, *, then: str, repeated: str, leaves: str) -> None:
+        row = {"fault": name, "then": then, "repeated": repeated, "leaves": leaves, "test": request.node.nodeid}
+        if "FAULTS" in os.environ:
+            with open(os.environ["FAULTS"], "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    return note

@@ -226,6 +226,14 @@ def test_a_misspelt_key_of_a_size_is_refused_before_anything_runs(tmp_path):
         load_profile("cpu", tmp_path / "own.yaml")
 
 
+def test_a_run_of_several_processes_gets_a_task_a_device():
+    gpu = dataclasses.replace(load_profile("slurm"), strategy="fsdp", nodes=2, devices=8)
+    parameters = Array(gpu, "train", (("a",),)).parameters()
+    assert (parameters["nodes"], parameters["ntasks_per_node"], parameters["gpus_per_node"]) == (2, 8, 8)
+    # The death of one process must end the others, which wait for it in the middle of a step.
+    assert "--kill-on-bad-exit=1" in parameters["srun_args"]
+
+
 def test_no_gpu_is_asked_for_on_a_cpu_profile():
     gpu: Profile = load_profile("slurm")
     assert Array(gpu, "whole", (("a",),)).parameters()["gpus_per_node"] == 1

@@ -11,8 +11,9 @@ import time
 import pytest
 
 from fluidscale.folder import RunFolder
-from fluidscale.record import Placement, write_json
+from fluidscale.record import Placement, write_atomic, write_json
 from fluidscale.run import run
+from fluidscale.spec import to_json
 from fluidscale.sync import level, main
 
 OFTEN = Placement(device="cpu", checkpoint_steps=5)
@@ -136,3 +137,21 @@ def test_no_secret_of_the_environment_is_written_anywhere(runs, tmp_path):
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "mlflow.json" for path in files) and any(path.name == "store.db" for path in files)
     assert not [path for path in files if b"planted" in path.read_bytes()]
+
+
+def test_a_run_speaks_to_no_tracker_in_its_own_process(tmp_path, tiny_spec):
+    """Whatever the environment says: training imports no client, and opens no connection from any thread."""
+    spec = tiny_spec("discrete-raster", steps=8, decay_steps=2)
+    write_atomic(tmp_path / "spec.json", to_json(spec))
+    code = (
+        "import sys; calls = []\n"
+        "sys.addaudithook(lambda event, args: calls.append(args) if event == 'socket.connect' else None)\n"
+        "from fluidscale.run import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "assert not calls, calls\n"
+        "assert not {name for name in sys.modules if name.startswith('mlflow')}"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "spec.json"), "--dir", str(tmp_path / spec.id)]
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    answer = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert answer.returncode == 0, answer.stderr

@@ -14,13 +14,13 @@ import mini_slurm
 import pytest
 
 SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
-# Two data sizes a trunk, four trunks: a minute of work on two cores.
+# Three data sizes a trunk, four trunks: a minute of work on two cores.
 SWEEP = f"""
 extends: {SWEEPS / "smoke"}
 sizes: [50K]
 arms: all
 seeds: [0]
-images: [480, 2880]
+images: [480, 960, 19200]
 defaults:
   data: {{images_unique: 64}}
   train: {{batch: 8, warmup_steps: 4}}
@@ -29,7 +29,7 @@ defaults:
 # The cluster's nodes have no GPU; a checkpoint every second or so, so that a fault finds one.
 RESOURCES = """
 slurm: {device: cpu, threads: 1, precision: 32-true, partition: low, minutes: 30, memory_gb: 0,
-        checkpoint_minutes: 0.02, restarts: 20}
+        checkpoint_minutes: 0.02, evaluation: {minutes: 20}}
 """
 
 

@@ -3,111 +3,82 @@
 from __future__ import annotations
 
 import csv
+import getpass
+import itertools
 import json
-import os
+import random
 import re
 import subprocess
 import sys
-from collections import defaultdict
-from dataclasses import dataclass
+import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import RESOURCES, SWEEP
-from mini_slurm import MiniSlurm, eventually
-from test_mlflow_server import stored, sync
+from disturbance import TRAINING, Disturbance, Launch, ended, training_starts
+from mini_slurm import eventually
+from test_mlflow_server import history, stored
 
+from fluidscale.folder import RunFolder
 from fluidscale.record import VOLATILE, read_json
-from slurm import layout
+from slurm import attempts, layout
 
 pytestmark = pytest.mark.cluster
-# Of a sweep's life on a machine that others use as well; on a free one it takes a minute.
-PATIENCE = 1200.0
-TRAINING = re.compile(r"training from step (\d+) of (\d+)")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """The launcher's command line on one sweep and one cluster."""
-
-    slurm: MiniSlurm
-    sweep: Path
-    resources: Path
-    runs: Path
-
-    def start(self, command: str, *options: str) -> subprocess.Popen[str]:
-        words = [sys.executable, "-m", "slurm.launch", command, str(self.sweep), "--cluster", "slurm", *options]
-        words += ["--resources", str(self.resources), "--runs", str(self.runs)]
-        words += ["--results", str(self.runs.parent / "results")]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(words, env=self.slurm.environment, stdout=pipe, stderr=pipe, text=True)
-
-    def __call__(self, command: str, *options: str) -> str:
-        return ended(self.start(command, *options))
-
-    def seconds(self, command: str) -> float:
-        """Processor time that a command takes, its children's included: on a loaded machine the clock says little."""
-        before = os.times()
-        self(command)
-        after = os.times()
-        return after.children_user + after.children_system - before.children_user - before.children_system
-
-    def states(self) -> dict[str, dict[str, Any]]:
-        return {row["run_id"]: row for row in json.loads(self("status", "--json"))["runs"]}
-
-    def queue(self) -> dict[str, tuple[str, str]]:
-        """Of this sweep's tasks in the queue: SLURM's word for the state, and the node."""
-        name = self.sweep.stem
-        lines = self.slurm.ask("squeue", "-h", "-r", f"--name={name}", "-o", "%i|%T|%N").splitlines()
-        return {task: (state, node) for task, state, node in (line.split("|") for line in lines)}
-
-    def trunks(self) -> dict[str, str]:
-        """The trunk of each task that was submitted."""
-        found = {}
-        for path in layout.submissions(self.runs).glob("*.json"):
-            content = read_json(path) or {}
-            for index, trunks in enumerate(content["tasks"]):
-                found[f"{content['job']}_{index}" if len(content["tasks"]) > 1 else content["job"]] = trunks[0]
-        return found
-
-    def specs(self) -> list[str]:
-        return [path.parent.name for path in self.runs.glob("*/spec.json")]
-
-    def finished(self) -> int:
-        return len(list(self.runs.glob("*/record.json")))
-
-
-def ended(process: subprocess.Popen[str]) -> str:
-    output, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, output + errors
-    return output
+# What a user's environment may hold, and no file of ours.
+PLANTED = {"MLFLOW_TRACKING_PASSWORD": "hunter2-planted", "MLFLOW_TRACKING_USERNAME": "planted-somebody"}
 
 
 @pytest.fixture(scope="module")
-def submitted(slurm, sweep, undisturbed):
-    """The sweep in the queue, by two launches at once; what they said. Its partition is closed, so that nothing is
-    over before a test has looked, however slow the machine.
+def submitted(slurm, sweep, undisturbed, server):
+    """The sweep in the queue, by two launches at once, one of them from inside a job; what they said. Its partition is
+    closed, so that nothing is over before a test has looked, however slow the machine.
     """
     slurm.ask("scontrol", "update", "PartitionName=low", "State=DOWN")
     # Under a name of its own: beside the reference's, an experiment of its own.
     (sweep / "disturbed.yaml").write_text(SWEEP)
-    launch = Launch(slurm, sweep / "disturbed.yaml", sweep / "resources.yaml", sweep / "runs")
-    both = [launch.start("submit") for _ in range(2)]
-    return launch, [ended(process) for process in both]
+    tracker = {"MLFLOW_TRACKING_URI": server.uri, **PLANTED}
+    launch = Launch(slurm, sweep / "disturbed.yaml", sweep / "resources.yaml", sweep / "runs", tracker)
+    inside = replace(launch, environment={**tracker, "SLURM_NTASKS": "5", "SBATCH_TIMELIMIT": "1", "SLURM_JOB_ID": "1"})
+    both = [each.start("submit") for each in (launch, inside)]
+    yield launch, [ended(process) for process in both]
+    slurm.ask("scancel", "-u", getpass.getuser(), check=False)
 
 
-def test_two_launches_at_once_submit_every_trunk_once(submitted):
+def test_two_launches_at_once_submit_every_trunk_once(submitted, fault):
     launch, said = submitted
     assert sorted("nothing to submit" in words for words in said) == [False, True]
     assert len(launch.trunks()) == len(set(launch.trunks().values())) == 4
     assert "nothing to submit" in launch("submit"), "a third launch trains something again"
     assert len(launch.trunks()) == 4
+    names = launch.slurm.ask("squeue", "-h", "-r", "-o", "%j").splitlines()
+    assert sorted(names) == [*4 * ["disturbed"], "disturbed-conclude", *4 * ["disturbed-evaluate"]]
     states = launch.states()
-    assert len(states) == 8 and {row["state"] for row in states.values()} == {"queued"}
+    assert len(states) == 12 and {row["state"] for row in states.values()} == {"queued"}
+    fault(
+        "the same sweep launched twice at once, once from inside a job",
+        then="a lock: the second finds everything in the queue already",
+        repeated="0",
+        leaves="each trunk in the queue once, in jobs that inherit nothing of the job they were launched from",
+    )
 
 
-def test_a_job_runs_the_code_of_its_submission_whatever_is_edited_meanwhile(submitted):
+def test_a_dry_run_says_what_sbatch_was_given(submitted, tmp_path):
+    launch, _ = submitted
+    scripts = [path.read_text() for path in layout.worker_logs(launch.runs).glob("*submission*.sh")]
+    said = replace(launch, runs=tmp_path / "runs")("submit", "--dry-run")
+    arrays = said.split("\n\n")[1:-1]
+    assert len(arrays) == 2 and not (tmp_path / "runs").exists()
+    for text in arrays:
+        lines = {line for line in text.splitlines() if line.startswith("#SBATCH") and "dependency" not in line}
+        assert len(lines) >= 5
+        names = ("#SBATCH --job-name=disturbed", "#SBATCH --job-name=disturbed-evaluate")
+        lines -= set(names)
+        assert any(lines <= set(script.splitlines()) for script in scripts), f"no script has {lines}"
+
+
+def test_a_job_runs_the_code_of_its_submission_whatever_is_edited_meanwhile(submitted, fault):
     launch, _ = submitted
     script = next(layout.worker_logs(launch.runs).glob("*submission*.sh")).read_text()
     first = next(line for line in script.splitlines() if line.startswith("cd "))
@@ -117,81 +88,73 @@ def test_a_job_runs_the_code_of_its_submission_whatever_is_edited_meanwhile(subm
     )
     found = subprocess.run(["sh", "-c", program], capture_output=True, text=True, check=True).stdout.split()
     assert len(found) == 2 and all(path.startswith(str(layout.snapshots(launch.runs))) for path in found)
+    fault(
+        "the code edited while jobs wait or are requeued",
+        then="jobs run the snapshot of their submission; a changed spec.json is refused",
+        repeated="0",
+        leaves="the snapshot, once per content, in runs/.launch/code",
+    )
 
 
-def test_whatever_happens_to_its_jobs_the_sweep_ends_as_the_undisturbed_one(submitted, undisturbed, server):
-    launch, _ = submitted
-    victims = _longest_runs(launch)
-    launch.slurm.ask("scontrol", "update", "PartitionName=low", "State=UP")
-    twice, lost, preempted, cancelled = sorted(victims)
-    for task, fault in ((twice, _requeue), (preempted, _preempt), (cancelled, _cancel), (lost, _kill_node)):
-        eventually((victims[task] / "ckpt" / "last.ckpt").exists, f"a checkpoint of {task}", PATIENCE)
-        assert not (victims[task] / "record.json").exists(), "the run was over before its fault"
-        fault(launch, task)
-    eventually(lambda: _training_starts(victims[twice]) > 1, "the requeued task in training again", PATIENCE)
-    _requeue(launch, twice)
-    eventually(lambda: cancelled not in launch.queue(), "the cancelled task's end", PATIENCE)
-    row = launch.states()[victims[cancelled].name]
-    assert row["state"] == "stopped" and "CANCELLED" in row["error"]
-    sync(launch.runs, server.uri)
-    assert "submitted 1 tasks" in launch("submit"), "only what was cancelled is submitted again"
-    eventually(lambda: launch.finished() == 8, "all runs finished", PATIENCE)
-    assert {run_id: row["state"] for run_id, row in launch.states().items()} == dict.fromkeys(launch.specs(), "done")
-    assert "Requeued job" in _log(launch, preempted), "submitit did not requeue the preempted task"
-    for run_dir in victims.values():
-        starts = [int(step) for step, _ in TRAINING.findall((run_dir / "log.txt").read_text())]
-        assert len(starts) > 1 and starts == sorted(starts) and starts[-1] > starts[0], "it was trained from the start"
+@pytest.fixture(scope="module")
+def disturbed(submitted, undisturbed, server):
+    """The sweep after everything that a cluster does to its jobs: what was seen on the way."""
+    return Disturbance(*submitted[:1], server).run()
+
+
+def test_whatever_happens_to_its_jobs_the_sweep_ends_as_the_undisturbed_one(disturbed, undisturbed):
+    launch = disturbed.launch
     undisturbed.wait()
-    launch("collect")
-    _assert_equal(launch, undisturbed)
-    assert sync(launch.runs, server.uri).returncode == 0
-    _assert_one_record(launch, server)
-
-
-def _longest_runs(launch: Launch) -> dict[str, Path]:
-    """The longest run's folder of each task."""
-    by_trunk = defaultdict(list)
-    for row in launch.states().values():
-        by_trunk[row["trunk_id"]].append((row["steps"], launch.runs / row["run_id"]))
-    return {task: max(by_trunk[trunk])[1] for task, trunk in launch.trunks().items()}
-
-
-def _requeue(launch: Launch, task: str) -> None:
-    launch.slurm.ask("scontrol", "requeue", task)
-
-
-def _kill_node(launch: Launch, task: str) -> None:
-    node = launch.queue()[task][1]
-    launch.slurm.kill_node(node)
-    eventually(lambda: launch.queue()[task][0] == "PENDING", f"{task} back in the queue", PATIENCE)
-    launch.slurm.start_node(node)
-
-
-def _preempt(launch: Launch, task: str) -> None:
-    node = launch.queue()[task][1]
-    launch.slurm.ask("sbatch", "-p", "high", "-w", node, "-o", "/dev/null", "--job-name=urgent", "--wrap", "true")
-
-
-def _cancel(launch: Launch, task: str) -> None:
-    launch.slurm.ask("scancel", task)
-
-
-def _training_starts(run_dir: Path) -> int:
-    return len(TRAINING.findall((run_dir / "log.txt").read_text()))
-
-
-def _log(launch: Launch, task: str) -> str:
-    return (layout.worker_logs(launch.runs) / f"{task}_0_log.out").read_text()
-
-
-def _assert_equal(launch: Launch, reference: Any) -> None:
-    """Weights bit for bit, losses step for step, and the table but for what the clock says."""
     for folder in sorted(path.parent for path in launch.runs.glob("*/record.json")):
-        other = reference.runs / folder.name
+        other = undisturbed.runs / folder.name
         weights = [path / "ckpt" / "ema.safetensors" for path in (folder, other)]
         assert weights[0].read_bytes() == weights[1].read_bytes(), f"{folder.name}: other weights"
         assert _losses(folder) == _losses(other), f"{folder.name}: other losses"
-    assert _table(launch.runs.parent / "results" / "disturbed" / "runs.csv") == _table(reference.table)
+    assert _table(launch.runs.parent / "results" / "disturbed" / "runs.csv") == _table(undisturbed.table)
+
+
+def test_no_step_is_lost_beyond_the_last_checkpoint_and_every_cause_is_counted(disturbed, fault):
+    counts = Counter()
+    for run_dir in (path.parent for path in disturbed.launch.runs.glob("*/record.json")):
+        lives = attempts.read(RunFolder(run_dir))
+        counts.update(attempts.retries(lives))
+        log = (run_dir / "log.txt").read_text()
+        starts = [int(step) for step, _ in TRAINING.findall(log)]
+        assert starts == sorted(starts), "it went back"
+        events = re.findall(r"(training from|stopped at) step (\d+)", log)
+        for (what, step), (then, again) in itertools.pairwise(events):
+            if what == "stopped at":
+                assert (then, again) == ("training from", step), f"{run_dir.name}: steps lost after a clean stop"
+        assert lives[-1].end == "done"
+    for task, step in disturbed.killed_at.items():
+        assert step in training_starts(disturbed.victims[task]), "it did not go on from its newest checkpoint"
+    assert counts["preemption"] >= 2 and counts["time_limit"] >= 1 and counts["node_failure"] >= 1, counts
+    assert counts["requeue"] >= 3, counts
+    for name, (then, repeated, leaves) in disturbed.outcomes.items():
+        fault(name, then=then, repeated=repeated, leaves=leaves)
+
+
+def test_each_run_is_one_run_of_the_tracker_and_closed(disturbed, server):
+    from mlflow.tracking import MlflowClient
+
+    assert disturbed.closed_by_the_tracker == "KILLED", "a run whose job was cancelled stayed open"
+    client = MlflowClient(server.uri)
+    tracked = stored(client, "disturbed")
+    folders = [path.parent for path in disturbed.launch.runs.glob("*/record.json")]
+    assert sorted(tracked) == sorted(folder.name for folder in folders)
+    for folder in folders:
+        run = tracked[folder.name]
+        assert run.info.run_id == (read_json(folder / "mlflow.json") or {})["run_id"] and run.info.status == "FINISHED"
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert history(client, run.info.run_id, "train_loss") == {line["step"]: line["train_loss"] for line in lines}
+
+
+def test_nothing_of_it_is_secret_or_others_to_write(disturbed):
+    for folder in (disturbed.launch.runs, disturbed.launch.runs.parent / "results"):
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert len(files) > 10
+        assert not [path for path in files if b"planted" in path.read_bytes()], "a secret was written"
+        assert not [path for path in files if path.stat().st_mode & 0o022], "others may write it"
 
 
 def _losses(folder: Path) -> list[tuple[int, float]]:
@@ -205,34 +168,39 @@ def _table(path: Path) -> list[dict[str, str]]:
             {key: value for key, value in row.items() if key not in (*VOLATILE, "sweep")}
             for row in csv.DictReader(file)
         ]
-    assert len(rows) == 8
+    assert len(rows) == 12
     return sorted(rows, key=lambda row: row["run_id"])
 
 
-def _assert_one_record(launch: Launch, server: Any) -> None:
-    """Each run is one run of the tracker, whatever it went through."""
-    from mlflow.tracking import MlflowClient
-
-    tracked = stored(MlflowClient(server.uri), "disturbed")
-    for folder in (path.parent for path in launch.runs.glob("*/record.json")):
-        own = read_json(folder / "mlflow.json") or {}
-        assert tracked[folder.name].info.run_id == own["run_id"]
-        assert tracked[folder.name].info.status == "FINISHED"
-
-
-def test_a_thousand_runs_are_submitted_watched_and_cancelled_in_seconds(slurm, tmp_path):
-    many = SWEEP.replace("seeds: [0]", f"seeds: {list(range(250))}").replace("[480, 2880]", "[480]")
+def test_a_thousand_runs_are_submitted_watched_and_cancelled_in_seconds(slurm, tmp_path, fault):
+    many = SWEEP.replace("seeds: [0]", f"seeds: {list(range(250))}").replace("[480, 960, 19200]", "[480]")
     (tmp_path / "many.yaml").write_text(many)
-    (tmp_path / "resources.yaml").write_text(RESOURCES.replace("partition: low", "partition: high"))
+    resources = RESOURCES.replace("partition: low", "partition: high").replace(", evaluation: {minutes: 20}", "")
+    (tmp_path / "resources.yaml").write_text(resources)
     launch = Launch(slurm, tmp_path / "many.yaml", tmp_path / "resources.yaml", tmp_path / "runs")
     slurm.ask("scontrol", "update", "PartitionName=high", "State=DOWN")
     try:
+        draw, kills = random.Random(4), 4
+        for _ in range(kills):
+            process = launch.start("submit")
+            # Of its start, the writing of a thousand folders, the sbatch call, or the wait for its answer.
+            eventually(lambda: list(launch.runs.glob("*/spec.json")), "the first run's folder")
+            time.sleep(2 * draw.random())
+            process.kill()
+            process.communicate()
         assert launch.seconds("submit") < 10
-        assert len(launch.queue()) == 1000
+        assert len(launch.queue()) == 1000, "a task was submitted twice, or lost"
         assert launch.seconds("status") < 3
-        assert "1000 processes and tasks stopped" in launch("cancel")
+        assert "1001 processes and tasks stopped" in launch("cancel")
         assert not launch.queue()
     finally:
         # Before the partition opens: whatever went wrong, a thousand tasks must not start.
         slurm.ask("scancel", "--name=many", check=False)
+        slurm.ask("scancel", "--name=many-conclude", check=False)
         slurm.ask("scontrol", "update", "PartitionName=high", "State=UP")
+    fault(
+        "the launcher killed while it submits (kill -9)",
+        then="the same command goes on; an sbatch call that outlived its launcher is waited for and adopted",
+        repeated="0",
+        leaves=f"after {kills} kills, each of 1000 tasks in the queue once",
+    )
