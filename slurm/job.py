@@ -149,10 +149,12 @@ class Worker:
             return False
         if self.slot is not None:
             self.slot.describe(facts)
-        for run_dir in run_dirs:
-            if not self.is_stopped():
-                self._one(run_dir)
-        held.release()
+        try:
+            for run_dir in run_dirs:
+                if not self.is_stopped():
+                    self._one(run_dir)
+        finally:
+            held.release()
         return True
 
     def _one(self, run_dir: Path) -> None:
