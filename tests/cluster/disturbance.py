@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from mlflow.tracking import MlflowClient
 from test_mlflow_server import stored, sync
 
 from fluidscale.record import read_json
+from fluidscale.train.checkpoint import NEWEST, PREVIOUS, newest_loadable
 from slurm import layout
 
 # Of a sweep's life on a machine that others use as well; on a free one it takes two minutes.
@@ -28,6 +30,7 @@ PATIENCE = 1200.0
 TRAINING = re.compile(r"training from step (\d+) of (\d+)")
 # What a server must be able to be gone for without anybody noticing.
 OUTAGE_SECONDS = 60.0
+_PLACES = 8
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,12 @@ class Disturbance:
     killed_at: dict[str, int] = field(default_factory=dict)  # newest checkpoint of a task whose node was killed
     outcomes: dict[str, tuple[str, str, str]] = field(default_factory=dict)
     closed_by_the_tracker: str = ""
-    _alone: threading.RLock = field(default_factory=threading.RLock)
+    # A place for each question to SLURM; its services are stopped by who has all of them.
+    _places: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(_PLACES))
 
     def run(self) -> Disturbance:
         """From the opening of the partition to the last job's end. Every task has a hand of its own, that waits only
-        for its task; one at a time they speak to SLURM, whose services are stopped in between.
+        for its task; while SLURM's services are stopped all of them wait.
         """
         self.victims = self._longest_runs()
         twice, lost, preempted, limited = sorted(self.victims)
@@ -149,11 +153,11 @@ class Disturbance:
         self._notice_twice(task)
 
     def _ask(self, *command: str, check: bool = True) -> str:
-        with self._alone:
+        with self._places:
             return self.launch.slurm.ask(*command, check=check)
 
     def _queue(self) -> dict[str, tuple[str, str]]:
-        with self._alone:
+        with self._places:
             return self.launch.queue()
 
     def _longest_runs(self) -> dict[str, Path]:
@@ -211,8 +215,6 @@ class Disturbance:
         return int(minutes)
 
     def _kill_node(self, task: str) -> None:
-        from fluidscale.train.checkpoint import NEWEST, PREVIOUS, newest_loadable
-
         node = self._queue()[task][1]
         self.launch.slurm.kill_node(node)
         checkpoints = self.victims[task] / "ckpt"
@@ -241,7 +243,9 @@ class Disturbance:
     def _services(self) -> None:
         """Accounting goes, the controller restarts meanwhile; status must work without sacct."""
         slurm = self.launch.slurm
-        with self._alone:
+        with contextlib.ExitStack() as everybody_waits:
+            for _ in range(_PLACES):
+                everybody_waits.enter_context(self._places)
             slurm.stop_accounting_daemon()
             slurm.stop_controller()
             slurm.start_controller()
@@ -280,7 +284,7 @@ class Disturbance:
         self._checkpointed(task, starts=2)
         self._ask("scancel", task)
         eventually(lambda: task not in self._queue(), f"{task} gone", PATIENCE)
-        with self._alone:
+        with self._places:
             row = self.launch.states()[run_dir.name]
             assert row["state"] == "stopped" and "CANCELLED" in row["error"], row
             sync(self.launch.runs, self.server.uri)
