@@ -9,7 +9,7 @@ import numpy as np
 from analysis.compare import DRAWS, draw
 from analysis.fit import Fit
 from analysis.intervals import allocation_exponent
-from analysis.laws import Array
+from analysis.laws import SPLIT_LAWS, Array
 
 DECADES_BEYOND = 1.0
 
@@ -29,8 +29,11 @@ def optimum(alpha: Array, beta: Array, a: Array, b: Array, k: float, p: float, b
 
 
 def allocation(fit: Fit, level: float) -> dict[str, Any] | None:
-    """N*(C), D*(C) of one Chinchilla fit from the smallest measured budget to a decade beyond the largest."""
-    if fit.law.name != "chinchilla" or not np.isfinite(fit.points.c).all():
+    """N*(C), D*(C) of one joint fit from the smallest measured budget to a decade beyond the largest.
+
+    A score's law is best where its minus log odds are least, so all metrics share one formula.
+    """
+    if fit.law.name not in SPLIT_LAWS or not np.isfinite(fit.points.c).all():
         return None
     k, p = cost_law(fit)
     rng = np.random.default_rng(0)
@@ -45,9 +48,9 @@ def allocation(fit: Fit, level: float) -> dict[str, Any] | None:
         with np.errstate(all="ignore"):
             n, d = optimum(thetas[:, f + 2], thetas[:, f + 3], np.exp(log_a), np.exp(log_b), k, p, float(budget))
         finite = np.isfinite(n) & np.isfinite(d) & (n > 0) & (d > 0)
-        loss = float(fit.predict(n=n[:1], d=d[:1])[0]) if finite[0] else None
+        value = float(fit.predict(n=n[:1], d=d[:1])[0]) if finite[0] else None
         rows.append({
-            "c": float(budget), "n": float(n[0]), "d": float(d[0]), "loss": loss,
+            "c": float(budget), "n": float(n[0]), "d": float(d[0]), "value": value,
             "n_interval": [float(v) for v in np.percentile(n[finite], [tail, 100 - tail])],
             "d_interval": [float(v) for v in np.percentile(d[finite], [tail, 100 - tail])],
             "decades": max(0.0, float(np.log10(budget / c.max()))),

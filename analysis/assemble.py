@@ -37,13 +37,13 @@ def refitter(chosen: Law, choice: Choice) -> Refit:
 
 def _candidates(points: Points) -> list[Law]:
     if points.kind == "score":
-        return [law("logit", "n")]
+        return [law("logit", "n"), law("logit-joint")]
     if points.kind == "signed":
-        return [law("power-floor", signed_floor=True)]
+        return [law("power-floor", signed_floor=True), law("chinchilla", signed_floor=True)]
     out = [law("power"), law("power-floor")]
     if len(np.unique(points.n)) >= RUNGS_FOR_A_BREAK:
         out.append(law("broken"))
-    return [*out, law("chinchilla"), law("kaplan")] if points.kind == "loss" else out
+    return [*out, law("chinchilla"), *([law("kaplan")] if points.kind == "loss" else [])]
 
 
 def _law_choice(points: Points, choice: Choice, rollouts: dict[tuple[str, ...], list[dict]]) -> list[dict[str, Any]]:
@@ -92,6 +92,7 @@ def _noise(result: Study) -> list[dict[str, Any]]:
             "metric": metric,
             "standard_deviation": whole.relative if whole else None,
             "dof": whole.dof if whole else 0,
+            "groups": [n.group for n in found],
         }
         out.append(row)
     return out

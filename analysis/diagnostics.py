@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analysis.figures import Document, arms, axis_name, title_of
 from analysis.panels import INK, MUTED, colour, grid, label_of, log_axis, marker, name_of
@@ -44,42 +46,43 @@ def links(doc: Document) -> Figure | None:
 
 
 def allocation(doc: Document) -> Figure | None:
-    """N*(C) and D*(C) of the joint laws, with bands, inside the range of budgets that were trained."""
-    items = doc["allocation"]
-    if not items:
+    """N*(C) and D*(C) of the joint laws, a row a metric, with bands, inside the range of budgets that were trained."""
+    metrics = list(dict.fromkeys(a["metric"] for a in doc["allocation"]))
+    if not metrics:
         return None
-    figure, axes = grid(2, height=3.0)
-    for ax, key in zip(axes, ("n", "d"), strict=True):
-        for item in items:
-            tint = colour(item["group"], arms(doc))
-            c, best = (np.array([b[k] for b in item["budgets"]], float) for k in ("c", key))
-            low, high = np.array([b[f"{key}_interval"] for b in item["budgets"]], float).T
-            known = float(np.median(high / low)) <= WIDEST_BAND
-            remark = "" if known else " (interval beyond the panel)"
-            ax.plot(
-                c,
-                best,
-                color=tint,
-                linewidth=1.4,
-                label=label_of(item["group"]) + remark,
-                linestyle="-" if known else ":",
-            )
-            if known:
-                ax.fill_between(c, low, high, color=tint, alpha=0.12, linewidth=0)
-        measured = [b for item in items for b in item["budgets"] if b["decades"] == 0]
-        top = max(b["c"] for b in measured)
-        ax.axvspan(top, max(b["c"] for b in items[0]["budgets"]), color="#f3f5f7", zorder=0, linewidth=0)
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        values = [b[key] for item in items for b in item["budgets"]]
-        ax.set_ylim(min(values) / 3, max(values) * 3)
-        log_axis(ax.xaxis, *ax.get_xlim(), compute=True)
-        log_axis(ax.yaxis, *ax.get_ylim())
-        ax.set_xlabel(axis_name(doc, "c"))
-        ax.set_ylabel("best " + axis_name(doc, key))
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    figure, axes = grid(2 * len(metrics), height=2.6)
+    for k, ax in enumerate(axes):
+        items = [a for a in doc["allocation"] if a["metric"] == metrics[k // 2]]
+        _split(ax, doc, items, "nd"[k % 2])
+        ax.set_title(title_of(metrics[k // 2]))
+    named = {label_of(a["group"]): colour(a["group"], arms(doc)) for a in doc["allocation"]}
+    handles = [Line2D([], [], color=tint, linewidth=1.4) for tint in named.values()]
+    figure.legend(handles, list(named), loc="outside lower center", ncols=2)
     return figure
+
+
+def _split(ax: Axes, doc: Document, items: list[Document], key: str) -> None:
+    """The best N or D of one metric against C; an interval too wide to draw leaves a dotted line."""
+    for item in items:
+        tint = colour(item["group"], arms(doc))
+        c, best = (np.array([b[k] for b in item["budgets"]], float) for k in ("c", key))
+        low, high = np.array([b[f"{key}_interval"] for b in item["budgets"]], float).T
+        known = float(np.median(high / low)) <= WIDEST_BAND
+        ax.plot(c, best, color=tint, linewidth=1.4, linestyle="-" if known else ":")
+        if known:
+            ax.fill_between(c, low, high, color=tint, alpha=0.12, linewidth=0)
+    top = max(b["c"] for item in items for b in item["budgets"] if b["decades"] == 0)
+    ax.axvspan(top, max(b["c"] for b in items[0]["budgets"]), color="#f3f5f7", zorder=0, linewidth=0)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    trained = [v for m in doc["measurements"] for v in m[key] if v]
+    # an optimum far outside the ladder is an artefact of a badly known exponent
+    values = np.clip([b[key] for item in items for b in item["budgets"]], min(trained) / 30, max(trained) * 30)
+    ax.set_ylim(min(values) / 3, max(values) * 3)
+    log_axis(ax.xaxis, *ax.get_xlim(), compute=True)
+    log_axis(ax.yaxis, *ax.get_ylim())
+    ax.set_xlabel(axis_name(doc, "c"))
+    ax.set_ylabel("best " + axis_name(doc, key))
 
 
 def isoflop(doc: Document) -> Figure | None:

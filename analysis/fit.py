@@ -2,7 +2,8 @@
 
 The covariance is Gauss-Newton's with the UNWEIGHTED Jacobian at the optimum, also under Huber: reweighted and plain
 sandwich versions cover far below their level at six sizes. Where rows share a trunk, a between-trunk variance is
-estimated from the residuals and enters both the covariance and, by Satterthwaite, the degrees of freedom.
+estimated from the residuals and enters both the covariance and, by Satterthwaite, the degrees of freedom. Seeds of the
+group itself are rows like others; what replicates of the whole table show is the least that either variance may be.
 """
 
 from __future__ import annotations
@@ -42,6 +43,27 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class SeedVariance:
+    """Variances that replicates show, in the objective's residual units: within a trunk and between trunks, their dof.
+
+    An evaluation on common draws shifts all runs alike, so replicates hold a run's seed noise together with what is
+    left of the evaluation's error once models are compared in pairs. 0 dof: no replicates.
+    """
+
+    within: float = 0.0
+    between: float = 0.0
+    dof: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Variance of one run around its cell's mean."""
+        return self.within + self.between
+
+
+NO_SEEDS = SeedVariance()
+
+
+@dataclass(frozen=True)
 class Fit:
     """A fitted law. theta and its covariance are internal (dimensionless); `public` gives the table's units.
 
@@ -67,6 +89,7 @@ class Fit:
     projection_gap: float | None
     aicc: float | None
     warnings: tuple[Warned, ...]
+    seeds: SeedVariance = NO_SEEDS
 
     @property
     def free(self) -> int:
@@ -92,8 +115,11 @@ class Fit:
         return not any(w.blocks for w in self.warnings)
 
 
-def weights_of(points: Points, objective: Objective) -> Array:
-    """Weights (n,), mean 1, from standard errors floored at their median: no single lucky error may own the fit."""
+def weights_of(points: Points, objective: Objective, seeds: SeedVariance = NO_SEEDS) -> Array:
+    """Weights (n,), mean 1, from seed variance plus standard errors floored at their median.
+
+    The floor, because no single lucky error may own the fit.
+    """
     if objective.name == "quasi-binomial":
         with np.errstate(divide="ignore", invalid="ignore"):
             size = points.y * (1 - points.y) / points.se**2
@@ -103,7 +129,8 @@ def weights_of(points: Points, objective: Objective) -> Array:
     error = points.se / np.abs(points.y) if objective.logarithmic else points.se
     if not np.isfinite(error).all():
         return np.ones(len(points))
-    weights = 1.0 / np.maximum(error, np.median(error)) ** 2
+    seed_variance = seeds.total * (1.0 if objective.logarithmic else scale_of(points) ** 2)
+    weights = 1.0 / (np.maximum(error, np.median(error)) ** 2 + seed_variance)
     return weights / weights.mean()
 
 
@@ -140,10 +167,21 @@ def guard(law: Law, points: Points, free: int) -> list[Warned]:
     return warned
 
 
-def _variances(points: Points, law: Law, residual: Array, weights: Array, free: int) -> tuple[Spread, Spread]:
-    """((within, dof), (between, dof)): mean squares of the residuals; between is 0 where no trunk holds two rows."""
+def _at_least(own: Spread, seeds: float, dof: float) -> Spread:
+    """A variance with its dof, raised to what replicates show: the estimate that stands brings its own dof."""
+    return own if own[0] >= seeds else (seeds, max(own[1], dof))
+
+
+def _variances(
+    points: Points, law: Law, residual: Array, weights: Array, free: int, seeds: SeedVariance
+) -> tuple[Spread, Spread]:
+    """((within, dof), (between, dof)): mean squares of the residuals; between is 0 where no trunk holds two rows.
+
+    Neither is less than what `seeds` show: few residual degrees of freedom can be small by luck.
+    """
     n = len(points)
-    pooled = (float((weights * residual**2).sum() / (n - free)), float(n - free))
+    mean_square = float((weights * residual**2).sum() / (n - free))
+    pooled = _at_least((mean_square, float(n - free)), seeds.total, seeds.dof)
     counts = np.bincount(np.unique(points.cluster, return_inverse=True)[1])
     codes, groups = np.unique(points.cluster, return_inverse=True)[1], len(counts)
     between_parameters = sum(p not in DATA_PARAMETERS for p in law.parameters)
@@ -153,9 +191,10 @@ def _variances(points: Points, law: Law, residual: Array, weights: Array, free: 
     means = np.bincount(codes, residual) / counts
     between = float((counts * means**2).sum() / dof_between)
     within = float(((residual - means[codes]) ** 2).sum() / dof_within)
-    if between <= within:
+    apart = _at_least(((between - within) / float(counts.mean()), float(dof_between)), seeds.between, seeds.dof)
+    if apart[0] <= 0.0:
         return pooled, (0.0, 0.0)
-    return (within, float(dof_within)), ((between - within) / float(counts.mean()), float(dof_between))
+    return _at_least((within, float(dof_within)), seeds.within, seeds.dof), apart
 
 
 # a threshold of this many standard deviations leaves nothing outside
@@ -246,11 +285,17 @@ def _search(
 
 
 def fit(
-    law: Law, points: Points, objective: Objective | None = None, floor: float | None = None, thorough: bool = True
+    law: Law,
+    points: Points,
+    objective: Objective | None = None,
+    floor: float | None = None,
+    thorough: bool = True,
+    seeds: SeedVariance = NO_SEEDS,
 ) -> Fit:
     """Fits `law` to `points`; `floor` fixes E in the metric's units. Raises InvalidTable where it cannot be done.
 
-    `thorough=False` skips the variable projection (rollouts and benchmarks that refit many times).
+    `thorough=False` skips the variable projection (rollouts and benchmarks that refit many times); `seeds` is what
+    replicates show of the noise between runs.
     """
     objective = objective or default_objective(points)
     if objective.logarithmic and (points.y <= 0).any():
@@ -263,7 +308,7 @@ def fit(
     scale = scale_of(points)
     logs = np.log(np.stack([points.axis(a) for a in law.axes]))
     center = logs.mean(1)
-    u, y, weights = logs - center[:, None], points.y / scale, weights_of(points, objective)
+    u, y, weights = logs - center[:, None], points.y / scale, weights_of(points, objective, seeds)
     starts = law.starts(u, y)
     if floor is not None:
         starts[:, 0] = floor / scale
@@ -271,7 +316,7 @@ def fit(
     fitted, gradient = law.evaluate(theta[None], u)
     residual, jac = objective.residuals(fitted, gradient, y)
     jacobian = jac[0][~frozen]
-    within, between = _variances(points, law, residual[0], weights, free)
+    within, between = _variances(points, law, residual[0], weights, free, seeds)
     codes = np.unique(points.cluster, return_inverse=True)[1]
     small = _covariance(jacobian, weights, codes, within[0], between[0])
     small *= _robust_correction(objective, within[0], len(points), free)
@@ -281,7 +326,7 @@ def fit(
     aicc = _aicc(points, fitted[0] * scale, free)
     return Fit(
         law, points, objective, theta, value, center, scale, frozen, weights, residual[0], jacobian, covariance,
-        within, between, len(starts), share, gap, aicc, tuple(warned),
+        within, between, len(starts), share, gap, aicc, tuple(warned), seeds,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from analysis.fit import Fit
-from analysis.laws import Array
+from analysis.laws import SPLIT_LAWS, Array
 
 LEVEL = 0.95
 
@@ -118,7 +118,7 @@ def _shift(fit: Fit, value: Array, by: Array) -> Array:
 
 def allocation_exponent(fit: Fit, level: float = LEVEL) -> tuple[float, float, float] | None:
     """beta / (alpha + beta), the exponent of N*(C), with its interval; None for a law of one axis."""
-    if fit.law.name != "chinchilla":
+    if fit.law.name not in SPLIT_LAWS:
         return None
     alpha, beta = fit.parameter("alpha"), fit.parameter("beta")
     total = alpha.value + beta.value

@@ -268,6 +268,43 @@ class LogitLaw:
         ]
 
 
+@dataclass(frozen=True)
+class LogitJointLaw:
+    """score = ceiling / (1 + exp(E + A N^-alpha + B D^-beta)): Chinchilla's form on the scale of log odds.
+
+    Log odds that were linear in log N and in log D would have no best split of a budget; terms that level off do.
+    """
+
+    name: str = "logit-joint"
+    ceiling: float = 1.0
+    axes: tuple[str, ...] = ("n", "d")
+
+    @property
+    def inner(self) -> SumLaw:
+        """The law of minus the log odds."""
+        return SumLaw("chinchilla", self.axes, signed_floor=True)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return self.inner.parameters
+
+    def evaluate(self, theta: Array, u: Array) -> tuple[Array, Array]:
+        odds, gradient = self.inner.evaluate(theta, u)
+        share = 1.0 / (1.0 + np.exp(np.clip(odds, -700.0, 700.0)))
+        slope = self.ceiling * share * (1.0 - share)
+        return self.ceiling * share, -slope[:, None] * gradient
+
+    def bounds(self) -> tuple[Array, Array]:
+        return self.inner.bounds()
+
+    def starts(self, u: Array, y: Array) -> Array:
+        share = np.clip(y / self.ceiling, 0.01, 0.99)
+        return self.inner.starts(u, np.log((1 - share) / share))
+
+    def public(self, theta: Array, center: Array, scale: float) -> list[Public]:
+        return self.inner.public(theta, center, scale)
+
+
 def law(name: str, axis: str | None = None, *, signed_floor: bool = False, ceiling: float = 1.0) -> Law:
     """The law of that name; `axis` moves a one-axis law to another column ("n", "d" or "c").
 
@@ -287,7 +324,11 @@ def law(name: str, axis: str | None = None, *, signed_floor: bool = False, ceili
         return BrokenLaw(axes=(axis or "n",))
     if name == "logit":
         return LogitLaw(axes=(axis or "c",), ceiling=ceiling)
+    if name == "logit-joint":
+        return LogitJointLaw(ceiling=ceiling)
     raise KeyError(name)
 
 
-LAW_NAMES = ("power", "power-floor", "compute", "chinchilla", "kaplan", "broken", "logit")
+LAW_NAMES = ("power", "power-floor", "compute", "chinchilla", "kaplan", "broken", "logit", "logit-joint")
+# laws of a sum over N and D, whose best split of a budget has a closed form
+SPLIT_LAWS = ("chinchilla", "logit-joint")

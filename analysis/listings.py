@@ -223,11 +223,32 @@ def noise(doc: Document) -> Listing:
     rows = []
     for n in doc["noise"]:
         known = n["standard_deviation"] is not None
-        rows.append(
-            (title_of(n["metric"]), digits(n["standard_deviation"]), str(n["dof"]) if known else "no replicates")
-        )
-    note = "Standard deviation between seeds: relative for losses and distances, in points for scores."
-    return Listing("Seed noise", note, ("metric", "between seeds", "degrees of freedom"), rows)
+        dof = str(n["dof"]) if known else "no replicates"
+        rows.append((title_of(n["metric"]), digits(n["standard_deviation"]), dof, ", ".join(n["groups"]) or "–"))
+    note = (
+        "Standard deviation between seeds: relative for losses and distances, in points for scores. Evaluations share "
+        "their draws, so it holds what is left of the evaluation's error between two models. No interval of a law of "
+        "the metric rests on less; with no replicates it rests on the scatter around the law alone."
+    )
+    return Listing("Seed noise", note, ("metric", "between seeds", "degrees of freedom", "replicated in"), rows)
+
+
+def rollouts(doc: Document) -> Listing:
+    """The largest size as each law, fitted on the smaller ones, predicted it."""
+    rows = []
+    for f in doc["fits"]:
+        if not f["rollout"] or f["metric"].startswith("geneval_"):
+            continue
+        top = max(e["held_out"]["n"] for e in f["rollout"])
+        for e in (e for e in f["rollout"] if e["held_out"]["n"] == top):
+            low, high = e["interval"]
+            half = (high - low) / 2 / abs(e["predicted"]) if f["metric"] != "val_nll" else None
+            rows.append((label_of(f["group"]), title_of(f["metric"]), f["law"], ", ".join(f["axes"]).upper(),
+                         str(e["n_runs"]), digits(e["predicted"]), digits(e["measured"]), percent(e["relative_error"]),
+                         percent(half), "yes" if e["covered"] else "no"))  # fmt: skip
+    note = "Fitted without the largest size, asked for it; the interval is that of a new run, as a share of the value."
+    headers = ("arm", "metric", "law", "axes", "runs", "predicted", "measured", "error", "half-width", "covered")
+    return Listing("The largest size, predicted from the smaller ones", note, headers, rows)
 
 
 def runs(doc: Document) -> Listing:

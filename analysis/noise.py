@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from analysis.fit import Fit, Warned
+from analysis.fit import DESIGN_EFFECT, NO_SEEDS, Fit, SeedVariance, Warned, scale_of
+from analysis.laws import Array
 from analysis.points import Points
 
 # a law whose residual variance exceeds the replicates' at this level does not fit
 LACK_OF_FIT_LEVEL = 0.01
+# a variance from fewer degrees of freedom is too loose to overrule the residuals: its 95 % range spans a factor 40
+FEW_REPLICATES = 3
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,56 @@ def pooled(noises: Sequence[SeedNoise]) -> SeedNoise | None:
     if not dof:
         return None
     return SeedNoise(noises[0].metric, "all", sum(n.variance * n.dof for n in noises) / dof, dof)
+
+
+def _deviations(points: Points) -> Array:
+    """Values whose spread within a cell is that of the default objective's weighted residuals."""
+    if points.kind == "score":
+        middle = np.empty(len(points))
+        for n, d in {(n, d) for n, d in zip(points.n, points.d, strict=True)}:
+            here = (points.n == n) & (points.d == d)
+            middle[here] = points.y[here].mean()
+        error = np.sqrt(np.maximum(middle * (1 - middle), 1e-12) * DESIGN_EFFECT / points.count)
+        return points.y / np.where(np.isfinite(points.se), points.se, error)
+    return points.y / scale_of(points) if points.kind == "signed" else np.log(points.y)
+
+
+def _table(points: Points, values: Array) -> Array | None:
+    """(trunks, data sizes) of one size: the data sizes that all of its trunks carry; None under two trunks."""
+    trunks, codes = np.unique(points.cluster, return_inverse=True)
+    levels, places = np.unique(np.nan_to_num(points.d), return_inverse=True)
+    out = np.full((len(trunks), len(levels)), np.nan)
+    out[codes, places] = values
+    out = out[:, np.isfinite(out).all(0)]
+    return out if len(trunks) > 1 and out.shape[1] else None
+
+
+def seed_variance(groups: Sequence[Points]) -> SeedVariance:
+    """Analysis of variance over the replicated sizes of `groups`, pooled: seeds at equal (N, D), one trunk each.
+
+    With a single data size a trunk's own noise cannot be told from its runs': all of it then counts as between.
+    """
+    between = within = dof_between = dof_within = rows = 0.0
+    for points in groups:
+        values = _deviations(points)
+        for size in np.unique(points.n):
+            here = points.n == size
+            table = _table(points.take(here), values[here])
+            if table is None:
+                continue
+            rest = table - table.mean(0)
+            shift = rest.mean(1, keepdims=True)
+            trunks, levels = table.shape
+            between += float(levels * (shift**2).sum())
+            within += float(((rest - shift) ** 2).sum())
+            dof_between += trunks - 1
+            dof_within += (trunks - 1) * (levels - 1)
+            rows += levels * (trunks - 1)
+    if dof_between < FEW_REPLICATES:
+        return NO_SEEDS
+    noise = within / dof_within if dof_within else 0.0
+    apart = max(between / dof_between - noise, 0.0) / (rows / dof_between)
+    return SeedVariance(noise, apart, dof_between)
 
 
 def lack_of_fit(fit: Fit, noise: SeedNoise | None) -> list[Warned]:

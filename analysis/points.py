@@ -74,6 +74,17 @@ class Points:
         """The protocol at the largest data size; smaller ones may be evaluated more lightly."""
         return _one(self.largest_data().protocols)
 
+    def alike(self) -> Points:
+        """The rows measured as those of the largest data size are: what a joint law over all data sizes may use.
+
+        Unit, protocol and, for a distance, which is biased in it, the number of samples.
+        """
+        top = self.largest_data()
+        same = np.isin(self.units, top.units) & np.isin(self.protocols, top.protocols)
+        if self.kind == "distance":
+            same &= np.isin(self.count, top.count) | ~np.isfinite(self.count)
+        return self.take(same)
+
     def agree(self) -> None:
         """Raises InvalidTable where units, protocols or sample counts of a biased metric are mixed."""
         labels = [("MIXED_UNITS", "units", self.units), ("MIXED_PROTOCOLS", "protocols", self.protocols)]
@@ -98,6 +109,13 @@ def _labels(rows: pd.DataFrame, column: str) -> np.ndarray:
         return np.full(len(rows), "", dtype=object)
     text = rows[column].astype(object).where(rows[column].notna(), "").astype(str).str.strip()
     return text.to_numpy(dtype=object).astype(str)
+
+
+def _protocols(rows: pd.DataFrame, metric: str, kind: str) -> np.ndarray:
+    """A score is a mean, unbiased in the number of images: its error carries n, and n does not split its protocol."""
+    exact = _labels(rows, f"{metric}_protocol")
+    any_n = _labels(rows, f"{metric}_protocol_any_n")
+    return np.where(any_n != "", any_n, exact) if kind == "score" else exact
 
 
 def _constant(rows: pd.DataFrame, column: str) -> float | None:
@@ -180,7 +198,7 @@ def select(
         metric=metric,
         kind=kind,
         units=_labels(rows, f"{metric}_unit"),
-        protocols=_labels(rows, f"{metric}_protocol"),
+        protocols=_protocols(rows, metric, kind),
         rows=rows["_row"].to_numpy(int),
         n=column(columns.n),
         d=column(columns.d),

@@ -25,8 +25,8 @@ from analysis.document import write  # noqa: E402
 
 Document = dict[str, Any]
 LISTINGS = (
-    "glance", "laws", "remarks", "choice", "predictions", "crossings", "chances", "contrasts", "links", "ceilings",
-    "allocations", "isoflops", "sensitivities", "noise", "runs", "excluded",
+    "glance", "laws", "remarks", "choice", "rollouts", "predictions", "crossings", "chances", "contrasts", "links",
+    "ceilings", "allocations", "isoflops", "sensitivities", "noise", "runs", "excluded",
 )  # fmt: skip
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -47,7 +47,7 @@ def _jobs(doc: Document) -> Iterator[tuple[str, str, str, Figure | None]]:
         yield metric, f"{metric}-vs-d", caption, figures.along_data(doc, metric)
     yield "tags", "score-tags", "Each tag of the score against parameters.", figures.tags(doc)
     yield "links", "loss-to-metric", "Metric against validation loss, one line an arm.", diagnostics.links(doc)
-    caption = "Best model size and data size for a training budget; shaded: beyond the largest trained budget."
+    caption = "Best model size and data size for a budget; shaded: beyond what was trained; dotted: interval off the panel."
     yield "allocation", "allocation", caption, diagnostics.allocation(doc)
     yield "isoflop", "isoflop", "Profiles at equal compute, a cross-check.", diagnostics.isoflop(doc)
     caption = "What the laws leave unexplained, in percent of the measured loss."

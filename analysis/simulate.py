@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -50,6 +50,18 @@ def chinchilla_points(
     blank, rows, label = np.full(len(n), np.nan), np.arange(len(n)), np.full(len(n), "")
     y = mean * np.exp(noise * rng.normal(size=len(n)))
     return Points({}, "loss", "loss", label, label, rows, n, d, 6 * n * d, y, blank, blank, rows, np.zeros(len(n), int))
+
+
+def trunk_points(
+    sizes: int, ratios: int, seeds: int, noise: float, rng: np.random.Generator, truth: Mapping[str, float] = CHINCHILLA
+) -> Points:
+    """`grid` at several seeds as cool-down branches: a trunk a size and seed, with an error as large as a run's own."""
+    n, d = (np.tile(axis, seeds) for axis in grid(sizes, ratios))
+    points = chinchilla_points(n, d, noise, rng, truth)
+    seed = np.repeat(np.arange(seeds), sizes * ratios)
+    trunk = np.tile(np.repeat(np.arange(sizes), ratios), seeds) + sizes * seed
+    shared = noise * rng.normal(size=sizes * seeds)[trunk]
+    return replace(points, y=points.y * np.exp(shared), cluster=trunk, seed=seed)
 
 
 def grid(sizes: int, ratios: int) -> tuple[Array, Array]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.fit import Fit, Warned, default_objective, fit
+from analysis.fit import Fit, SeedVariance, Warned, default_objective, fit
 from analysis.laws import Law, law
-from analysis.noise import lack_of_fit, pooled, seed_noise
+from analysis.noise import lack_of_fit, pooled, seed_noise, seed_variance
 from analysis.points import Points, select
 from analysis.solver import HUBER_DELTA, Objective
 from analysis.table import InvalidTable, Table
@@ -71,18 +71,22 @@ def fixed_floor(points: Points) -> tuple[float | None, list[Warned]]:
 
 
 def default_laws(points: Points) -> list[Law]:
-    """Over N and C on the largest data size; for losses also the joint laws in (N, D)."""
+    """Over N and C on the largest data size, and the joint laws in (N, D); the tags of a score along one axis only."""
     if points.kind == "score":
-        return [law("logit", "n"), law("logit", "c")]
+        one_axis = [law("logit", "n"), law("logit", "c")]
+        return one_axis if points.metric.startswith("geneval_") else [*one_axis, law("logit-joint")]
     signed = points.kind == "signed"
-    one_axis = [law("power-floor", signed_floor=signed), law("compute", signed_floor=signed)]
-    return [*one_axis, law("chinchilla"), law("kaplan")] if points.kind == "loss" else one_axis
+    joint = [law("chinchilla", signed_floor=signed), *([law("kaplan")] if points.kind == "loss" else [])]
+    return [law("power-floor", signed_floor=signed), law("compute", signed_floor=signed), *joint]
 
 
 def suited(chosen: Law, points: Points) -> Points:
-    """One-axis laws take each size's largest data size; joint laws and ladders with D in step with N take all."""
+    """One-axis laws take each size's largest data size; joint laws and ladders with D in step with N take all.
+
+    Of a distance or a score, that is all that was measured as the largest data size was: others were measured lightly.
+    """
     if len(chosen.axes) > 1 or chosen.axes == ("d",):
-        return points
+        return points.alike() if points.kind in ("distance", "score") else points
     return points.largest_data()
 
 
@@ -90,10 +94,17 @@ def _axes_present(chosen: Law, table: Table) -> bool:
     return all(table.columns.axis(axis) for axis in chosen.axes)
 
 
-def fit_one(chosen: Law, points: Points, choice: Choice, thorough: bool = True) -> Fit:
-    """One law on one metric's points, with the metric's own floor and objective. Raises InvalidTable."""
+def fit_one(
+    chosen: Law, points: Points, choice: Choice, thorough: bool = True, seeds: SeedVariance | None = None
+) -> Fit:
+    """One law on one metric's points, with the metric's own floor and objective. Raises InvalidTable.
+
+    `seeds`: what replicates show of the noise between runs; None asks these points alone, as a held-out test must.
+    """
     used = suited(chosen, points)
     used.agree()
+    if seeds is None:
+        seeds = seed_variance([points.alike()])
     floor, warned = fixed_floor(used)
     if choice.floor is not None:
         floor, warned = choice.floor, []
@@ -102,8 +113,14 @@ def fit_one(chosen: Law, points: Points, choice: Choice, thorough: bool = True) 
         raise InvalidTable("NO_FLOOR_IN_LAW", f"law {chosen.name} has no E to fix: drop --floor or take power-floor")
     name = choice.objective or default_objective(used).name
     objective = Objective(name, choice.delta, choice.penalty)
-    done = fit(chosen, used, objective, floor if floored else None, thorough)
-    return replace(done, warnings=(*done.warnings, *(warned if floored else [])))
+    done = fit(chosen, used, objective, floor if floored else None, thorough, seeds)
+    return replace(done, warnings=(*done.warnings, *(warned if floored else []), *_left_lighter(chosen, points, used)))
+
+
+def _left_lighter(chosen: Law, points: Points, used: Points) -> list[Warned]:
+    left = len(points) - len(used) if len(chosen.axes) > 1 else 0
+    message = f"{left} rows at smaller data sizes were measured with other counts or protocols: not in this law"
+    return [Warned("LIGHTER_ROWS", message)] if left else []
 
 
 def _requested(points: Points, choice: Choice) -> list[Law]:
@@ -119,16 +136,13 @@ def _axis(name: str, points: Points) -> str:
     return next((axis for axis in order if np.isfinite(points.axis(axis)).all()), order[0])
 
 
-def study(table: Table, choice: Choice) -> Study:
-    """Fits everything asked for; a fit the data cannot carry is listed as refused.
-
-    Raises InvalidTable when what was asked for by name cannot be done for any group.
-    """
+def _selected(table: Table, choice: Choice) -> tuple[list[Points], list[dict], list[dict]]:
+    """The points of every metric and group, what was refused, what was excluded."""
     metrics: Sequence[str] = choice.metrics or table.metrics()
     if not metrics:
         raise InvalidTable("NO_METRIC", f"{table.source} has no metric of the known schema: name one with --metric")
-    kind = "score" if choice.laws == ("logit",) else None
-    all_points, fits, refused, excluded = [], [], [], list(table.excluded)
+    kind = "score" if choice.laws and set(choice.laws) <= {"logit", "logit-joint"} else None
+    found, refused, excluded = [], [], list(table.excluded)
     for metric in metrics:
         for group, rows in table.groups():
             try:
@@ -136,31 +150,47 @@ def study(table: Table, choice: Choice) -> Study:
             except InvalidTable as error:
                 if choice.metrics:
                     raise
-                refused.append(
-                    {"group": group, "metric": metric, "law": None, "code": error.code, "message": error.args[0]}
-                )
+                entry = {"group": group, "metric": metric, "law": None}
+                refused.append({**entry, "code": error.code, "message": error.args[0]})
                 continue
             excluded += [{**e, "metric": metric} for e in dropped]
-            if not len(points):
+            if len(points):
+                found.append(points)
+    return found, refused, excluded
+
+
+def _replicated(points: Sequence[Points]) -> dict[tuple[str, str], SeedVariance]:
+    """Seed variance by metric and unit, pooled over groups: replicates are few, and arms of one metric are alike."""
+    sets: dict[tuple[str, str], list[Points]] = {}
+    for p in points:
+        sets.setdefault((p.metric, p.unit), []).append(p.alike())
+    return {key: seed_variance(members) for key, members in sets.items()}
+
+
+def study(table: Table, choice: Choice) -> Study:
+    """Fits everything asked for; a fit the data cannot carry is listed as refused.
+
+    Raises InvalidTable when what was asked for by name cannot be done for any group.
+    """
+    found, refused, excluded = _selected(table, choice)
+    seeds, fits = _replicated(found), []
+    for points in found:
+        for chosen in _requested(points, choice):
+            if not choice.laws and not _axes_present(chosen, table):
                 continue
-            all_points.append(points)
-            for chosen in _requested(points, choice):
-                if not choice.laws and not _axes_present(chosen, table):
-                    continue
-                try:
-                    fits.append(fit_one(chosen, points, choice))
-                except InvalidTable as error:
-                    entry = {"group": group, "metric": metric, "law": chosen.name, "axes": list(chosen.axes)}
-                    refused.append({**entry, "code": error.code, "message": error.args[0]})
+            try:
+                fits.append(fit_one(chosen, points, choice, seeds=seeds[points.metric, points.unit]))
+            except InvalidTable as error:
+                entry = {"group": dict(points.group), "metric": points.metric, "law": chosen.name}
+                refused.append({**entry, "axes": list(chosen.axes), "code": error.code, "message": error.args[0]})
     if not fits and choice.explicit and refused:
         raise InvalidTable(str(refused[0]["code"]), str(refused[0]["message"]))
-    if not all_points:
+    if not found:
         first = refused[0] if refused else excluded[0] if excluded else None
         detail = first.get("message", first.get("reason")) if first else "every metric cell is blank"
-        raise InvalidTable(
-            str(first["code"]) if first else "NOTHING_MEASURED", f"{table.source}: no usable value: {detail}"
-        )
-    return Study(table, choice, tuple(all_points), tuple(_checked(fits, all_points)), tuple(refused), tuple(excluded))
+        code = str(first["code"]) if first else "NOTHING_MEASURED"
+        raise InvalidTable(code, f"{table.source}: no usable value: {detail}")
+    return Study(table, choice, tuple(found), tuple(_checked(fits, found)), tuple(refused), tuple(excluded))
 
 
 def _checked(fits: Sequence[Fit], points: Sequence[Points]) -> list[Fit]:

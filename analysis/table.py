@@ -92,6 +92,7 @@ def kind_of(metric: str) -> str | None:
     for kind, names in (("loss", LOSSES), ("signed", SIGNED), ("distance", DISTANCES)):
         if metric in names:
             return kind
+    # `_n` also ends `_protocol_any_n`
     suffixes = ("_se", "_unit", "_n", "_protocol", "_ceiling", "_floor")
     return "score" if metric.startswith(SCORE_PREFIX) and not metric.endswith(suffixes) else None
 

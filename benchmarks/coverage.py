@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,11 +16,12 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from analysis.fit import Fit, fit  # noqa: E402
+from analysis.fit import NO_SEEDS, Fit, SeedVariance, fit  # noqa: E402
 from analysis.intervals import allocation_exponent, parameter_intervals, predict  # noqa: E402
 from analysis.laws import law  # noqa: E402
+from analysis.noise import seed_variance  # noqa: E402
 from analysis.points import Points  # noqa: E402
-from analysis.simulate import CHINCHILLA, chinchilla_points, grid  # noqa: E402
+from analysis.simulate import CHINCHILLA, chinchilla_points, grid, trunk_points  # noqa: E402
 from analysis.solver import Objective  # noqa: E402
 
 WHAT = ("alpha", "beta", "allocation", "L at 10x", "new run at 10x")
@@ -42,26 +44,44 @@ def covered(fitted: Fit, noise: float, rng: np.random.Generator) -> tuple[list[b
     return held, (intervals["alpha"][1] - intervals["alpha"][0]) / 2
 
 
-def trunks(points: Points, noise: float, ratios: int, rng: np.random.Generator) -> Points:
-    """The same table as cool-down branches: every size one trunk, with an error of its own as large as a run's."""
-    cluster = np.repeat(np.arange(len(points) // ratios), ratios)
-    shared = noise * rng.normal(size=cluster.max() + 1)[cluster]
-    return Points(**{**points.__dict__, "y": points.y * np.exp(shared), "cluster": cluster})
+@dataclass(frozen=True)
+class Job:
+    """One row of the table. `seeds` 0: every run a trunk of its own; else trunks of that many seeds a size.
+
+    `others` arms, each of two seeds a size, lend their seed variance.
+    """
+
+    sizes: int
+    ratios: int
+    noise: float
+    objective: str = "huber-log"
+    seeds: int = 0
+    others: int = 0
+
+    @property
+    def kind(self) -> str:
+        if not self.seeds:
+            return "independent"
+        kind = "one trunk a size" if self.seeds == 1 else f"{self.seeds} seeds a size"
+        return kind + (", 2 seeds in the other arms" if self.others else "")
+
+    def points(self, rng: np.random.Generator) -> tuple[Points, SeedVariance]:
+        """A table, and what its replicates and those of the other arms show."""
+        if not self.seeds:
+            return chinchilla_points(*grid(self.sizes, self.ratios), self.noise, rng), NO_SEEDS
+        own = trunk_points(self.sizes, self.ratios, self.seeds, self.noise, rng)
+        arms = [trunk_points(self.sizes, self.ratios, 2, self.noise, rng) for _ in range(self.others)]
+        return own, seed_variance([own, *arms])
 
 
-def row(
-    sizes: int, ratios: int, noise: float, objective: str, branched: bool, replicates: int
-) -> tuple[np.ndarray, float]:
+def row(job: Job, replicates: int) -> tuple[np.ndarray, float]:
     """Coverage of each quantity over the replicates, and the median half-width of alpha's interval."""
     rng = np.random.default_rng(7)
-    n, d = grid(sizes, ratios)
     hits, widths = [], []
     for _ in range(replicates):
-        points = chinchilla_points(n, d, noise, rng)
-        if branched:
-            points = trunks(points, noise, ratios, rng)
-        fitted = fit(law("chinchilla"), points, Objective(objective), thorough=False)
-        held, width = covered(fitted, noise * (2**0.5 if branched else 1.0), rng)
+        points, seeds = job.points(rng)
+        fitted = fit(law("chinchilla"), points, Objective(job.objective), thorough=False, seeds=seeds)
+        held, width = covered(fitted, job.noise * (2**0.5 if job.seeds else 1.0), rng)
         hits.append(held)
         widths.append(width)
     return np.mean(hits, axis=0), float(np.median(widths))
@@ -73,13 +93,14 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     args = p.parse_args()
     start, lines = time.process_time(), []
-    jobs = [(6, r, s, o, False) for o in ("huber-log", "lse-log") for r in (2, 4) for s in (0.003, 0.01)]
-    jobs += [(6, 4, s, "huber-log", True) for s in (0.003, 0.01)] + [(8, 4, 0.003, "huber-log", True)]
-    for sizes, ratios, noise, objective, branched in jobs:
-        cover, width = row(sizes, ratios, noise, objective, branched, args.replicates)
+    plain = [Job(6, r, s, o) for o in ("huber-log", "lse-log") for r in (2, 4) for s in (0.003, 0.01)]
+    seeded = [(1, 0), (2, 0), (3, 0), (1, 3)]
+    trunks = [Job(6, r, s, seeds=k, others=o) for k, o in seeded for r in (2, 4) for s in (0.003, 0.01)]
+    for job in (*plain, *trunks, Job(8, 4, 0.003, seeds=1)):
+        cover, width = row(job, args.replicates)
         cells = " | ".join(f"{c:.3f}" for c in cover)
-        kind = "one trunk a size" if branched else "independent"
-        lines.append(f"| {sizes} x {ratios} | {noise:.1%} | {objective} | {kind} | {cells} | {width:.3f} |")
+        shape = f"{job.sizes} x {job.ratios} | {job.noise:.1%} | {job.objective} | {job.kind}"
+        lines.append(f"| {shape} | {cells} | {width:.3f} |")
         print(lines[-1], flush=True)
     head = " | ".join(WHAT)
     text = (
@@ -87,8 +108,10 @@ def main() -> None:
 
 `python benchmarks/coverage.py --replicates {args.replicates}`: Chinchilla's law (alpha .34, beta .28), 1e8 to 1e10
 parameters, 2 or 4 ratios D/N a size; Gauss-Newton t intervals as shipped (unweighted Jacobian, Huber's efficiency
-corrected). L is asked at 10 x the largest compute. With one trunk a size, all rows of a size share an error as
-large as a run's own. The standard error of a coverage of .95 is {(0.95 * 0.05 / args.replicates) ** 0.5:.3f}.
+corrected). L is asked at 10 x the largest compute. Rows of one trunk share an error as large as a run's own, so a
+new run varies by 1.4 times the noise named. "2 seeds in the other arms": the arm itself has one seed, and three arms
+like it lend their seed variance. The standard error of a coverage of .95 is
+{(0.95 * 0.05 / args.replicates) ** 0.5:.3f}.
 
 | sizes x ratios | noise | objective | rows | {head} | half-width of alpha |
 |---|---|---|---|{"---|" * (len(WHAT) + 1)}

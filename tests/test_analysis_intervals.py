@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from analysis.bootstrap import intervals
-from analysis.fit import fit
+from analysis.fit import NO_SEEDS, fit
 from analysis.intervals import allocation_exponent, parameter_intervals, predict
 from analysis.laws import law
-from analysis.noise import lack_of_fit, pooled, seed_noise
-from analysis.simulate import CHINCHILLA, chinchilla_points, grid
+from analysis.noise import lack_of_fit, pooled, seed_noise, seed_variance
+from analysis.simulate import CHINCHILLA, chinchilla_points, grid, trunk_points
 from analysis.solver import Objective
 from analysis.table import InvalidTable
 
@@ -80,6 +80,51 @@ def test_seed_noise_is_measured_from_replicates_only() -> None:
     both = pooled([found, found])
     assert both is not None and both.dof == 16 and both.variance == pytest.approx(found.variance)
     assert pooled([]) is None
+
+
+@pytest.mark.parametrize("seeds, others", [(2, 0), (1, 2)])
+def test_seed_replicates_keep_coverage(seeds: int, others: int) -> None:
+    """A quick version of benchmarks/coverage.py: seeds of the arm itself, and seeds that other arms alone have."""
+    rng, hits = np.random.default_rng(3), []
+    for _ in range(40):
+        p = trunk_points(6, 4, seeds, 0.003, rng)
+        found = seed_variance([p, *(trunk_points(6, 4, 2, 0.003, rng) for _ in range(others))])
+        fitted = fit(law("chinchilla"), p, thorough=False, seeds=found)
+        low, high = parameter_intervals(fitted)["alpha"]
+        said, truth = predict(fitted, n=1e10, d=4e11), 1.69 + 406.4 * 1e10**-0.34 + 410.7 * 4e11**-0.28
+        new = truth * np.exp(0.003 * 2**0.5 * rng.normal())
+        hits.append([low <= 0.34 <= high, said.low <= truth <= said.high, said.run_low <= new <= said.run_high])
+    assert (np.mean(hits, axis=0) >= 0.95 - 3 * 0.034).all()
+
+
+def test_seed_variance_tells_a_trunk_from_its_runs() -> None:
+    rng = np.random.default_rng(0)
+    found = seed_variance([trunk_points(8, 4, 4, 0.01, rng) for _ in range(6)])
+    assert found.within == pytest.approx(1e-4, rel=0.15) and found.between == pytest.approx(1e-4, rel=0.3)
+    assert found.dof == 6 * 8 * 3
+    assert seed_variance([trunk_points(8, 4, 1, 0.01, rng)]) == NO_SEEDS
+    # one replicated size alone has too few degrees of freedom to overrule the residuals
+    few = trunk_points(8, 4, 3, 0.01, rng)
+    assert seed_variance([few.take(few.n == few.n.min())]) == NO_SEEDS
+
+
+def test_seed_variance_is_the_least_that_an_interval_rests_on() -> None:
+    lucky = trunk_points(6, 4, 1, 1e-6, np.random.default_rng(1))
+    noisy = seed_variance([trunk_points(6, 4, 3, 0.01, np.random.default_rng(2))])
+    without, given = (fit(law("chinchilla"), lucky, thorough=False, seeds=s) for s in (NO_SEEDS, noisy))
+    assert given.within[0] == noisy.within and given.between[0] == noisy.between
+    assert given.theta == pytest.approx(without.theta)
+    said = predict(given, n=1e9, d=2e10)
+    assert np.log(said.run_high / said.mean) > 1.9 * np.sqrt(noisy.total)
+
+
+def test_seed_variance_of_a_score_is_in_units_of_its_own_error() -> None:
+    rng = np.random.default_rng(0)
+    n, d = np.tile(np.geomspace(1e6, 1e9, 8), 4), np.full(32, 1e9)
+    share = 1 / (1 + np.exp(-0.5 * np.log(n / 3e7)))
+    p = replace(chinchilla_points(n, d, 0.0, rng), kind="score", se=np.full(32, 0.02), cluster=np.arange(32))
+    found = seed_variance([replace(p, y=share + 0.03 * rng.normal(size=32))])
+    assert found.total == pytest.approx(1.5**2, rel=0.5)
 
 
 def test_lack_of_fit_is_seen_where_replicates_allow() -> None:

@@ -14,6 +14,7 @@ THETAS = {
     "power": [0.1, 0.3], "power-floor": [0.4, -0.5, 0.3], "compute": [0.4, -0.5, 0.1],
     "chinchilla": [0.5, -1.0, -1.2, 0.34, 0.28], "kaplan": [0.2, -0.1, 0.08, 0.11],
     "broken": [0.3, -0.4, 0.3, 0.15, 0.2], "logit": [0.3, 0.6],
+    "logit-joint": [-0.5, -0.4, -0.9, 0.34, 0.28],
 }  # fmt: skip
 
 
@@ -54,6 +55,8 @@ def formula(name: str, q: dict[str, float], n: np.ndarray, d: np.ndarray) -> np.
         return ((q["N_c"] / n) ** (q["alpha_N"] / q["alpha_D"]) + q["D_c"] / d) ** q["alpha_D"]
     if name == "logit":
         return 1 / (1 + np.exp(-(q["intercept"] + q["slope"] * np.log(6 * n * d))))
+    if name == "logit-joint":
+        return 1 / (1 + np.exp(q["E"] + q["A"] * n ** -q["alpha"] + q["B"] * d ** -q["beta"]))
     x = 6 * n * d if name == "compute" else n
     out = q.get("E", 0.0) + q["A"] * x ** -q["alpha"] * (1 + (x / q.get("x_break", 1)) ** 2) ** (-q.get("delta", 0) / 2)
     return out + (q["B"] * d ** -q["beta"] if "B" in q else 0)
@@ -65,7 +68,7 @@ def test_public_parameters_mean_the_formula(name: str) -> None:
     columns = {"n": n, "d": d, "c": 6 * n * d}
     logs = np.log(np.stack([columns[a] for a in one.axes]))
     center, theta = logs.mean(1), np.array(THETAS[name])
-    scale = 1.0 if name == "logit" else 2.5
+    scale = 1.0 if name.startswith("logit") else 2.5
     public = {p.name: p.value for p in one.public(theta, center, scale)}
     value = one.evaluate(theta[None], logs - center[:, None])[0][0] * scale
     np.testing.assert_allclose(formula(name, public, n, d), value, rtol=1e-9)
@@ -79,11 +82,12 @@ TRUTHS: dict[str, dict[str, float]] = {
     "kaplan": {"N_c": 8.8e13, "D_c": 5.4e13, "alpha_N": 0.076, "alpha_D": 0.095},
     "broken": {"E": 1.1, "A": 300.0, "alpha": 0.3, "delta": 0.25, "x_break": 1.5e9},
     "logit": {"intercept": -12.0, "slope": 0.28},
+    "logit-joint": {"E": -2.0, "A": 900.0, "B": 1200.0, "alpha": 0.34, "beta": 0.28},
 }
 
 
 @pytest.mark.parametrize("objective", ["huber-log", "lse-log", "lse"])
-@pytest.mark.parametrize("name", [n for n in LAW_NAMES if n != "logit"])
+@pytest.mark.parametrize("name", [n for n in LAW_NAMES if not n.startswith("logit")])
 def test_noiseless_truth_is_recovered(name: str, objective: str) -> None:
     n, d = grid(12 if name == "broken" else 6, 4)
     fitted = fit(law(name), points(formula(name, TRUTHS[name], n, d), n, d), Objective(objective))
@@ -92,11 +96,12 @@ def test_noiseless_truth_is_recovered(name: str, objective: str) -> None:
         assert p.value == pytest.approx(TRUTHS[name][p.name], rel=1e-5 if name == "broken" else 1e-8)
 
 
-def test_noiseless_logit_is_recovered() -> None:
-    n, d = grid(6, 2)
-    p = points(formula("logit", TRUTHS["logit"], n, d), n, d, "score")
-    fitted = fit(law("logit"), p, default_objective(p))
-    assert {q.name: q.value for q in fitted.public()} == pytest.approx(TRUTHS["logit"], rel=1e-8)
+@pytest.mark.parametrize("name, precision", [("logit", 1e-8), ("logit-joint", 1e-5)])
+def test_noiseless_logit_is_recovered(name: str, precision: float) -> None:
+    n, d = grid(6, 4)
+    p = points(formula(name, TRUTHS[name], n, d), n, d, "score")
+    fitted = fit(law(name), p, default_objective(p))
+    assert {q.name: q.value for q in fitted.public()} == pytest.approx(TRUTHS[name], rel=precision)
 
 
 def test_a_signed_metric_keeps_a_free_floor() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.allocation import allocation
 from analysis.fit_laws import main
 from analysis.points import select
 from analysis.simulate import chinchilla_points, grid, ladder
@@ -191,6 +192,39 @@ def test_lighter_evaluation_below_the_largest_data_size_is_no_mixture() -> None:
     own.loc[small, "geneval_protocol"] = "icon-world-v1, 1 image a prompt"
     result = study(prepare(own, "", "frame"), Choice(metrics=("geneval",)))
     assert len(result.fits) == 8 and all(f.points.protocol == "icon-world-v1" for f in result.fits)
+
+
+def several_sizes_of_data(protocol: str, any_n: str) -> pd.DataFrame:
+    own = ladder().astype({"geneval": object, "geneval_se": object, "geneval_n": object, "geneval_unit": object})
+    small = own["images"] < 96_000
+    rate = 0.2 + 0.1 * np.log(own["images"] / 24_000) + 0.1 * np.log(own["params_total"] / 46_000)
+    own.loc[small, "geneval"] = rate[small]
+    own.loc[small, ["geneval_se", "geneval_n", "geneval_unit"]] = [0.05, 100, "share correct"]
+    own.loc[small, "geneval_protocol"] = protocol
+    return own.assign(geneval_protocol_any_n=any_n)
+
+
+def test_a_scores_number_of_images_does_not_split_its_protocol() -> None:
+    """A mean is unbiased in n; a Fréchet distance is not and stays apart."""
+    result = study(prepare(several_sizes_of_data("icon-world-x1", "icon-world"), "", "frame"), Choice())
+    joint = {f.points.name: f for f in result.find("geneval", "logit-joint")}
+    assert len(joint) == 4 and all(len(f.points) == 15 for f in joint.values())
+    assert all(allocation(f, 0.95) for f in joint.values())
+    apart = study(prepare(several_sizes_of_data("icon-world-x1", ""), "", "frame"), Choice(metrics=("geneval",)))
+    assert not apart.find("geneval", "logit-joint")
+    assert {r["code"] for r in apart.refused if r["law"] == "logit-joint"} == {"TOO_FEW_LEVELS"}
+
+
+def test_distances_at_several_data_sizes_have_a_split_only_at_equal_counts() -> None:
+    own = ladder()
+    truth = 3.0 + 2e3 * own["params_total"] ** -0.6 + 2e4 * own["images"] ** -0.8
+    own = own.assign(fd=truth * np.exp(0.01 * np.random.default_rng(0).normal(size=60)), fd_se=0.02, fd_n=2048)
+    own = own.assign(fd_unit="FD", fd_protocol="fd-icons-v1", fd_floor=3.0)
+    fits = study(prepare(own, "", "frame"), Choice(metrics=("fd",))).find("fd", "chinchilla")
+    assert len(fits) == 4 and all(allocation(f, 0.95) and f.frozen[0] for f in fits)
+    own.loc[own["images"] < 96_000, "fd_n"] = 512
+    lighter = study(prepare(own, "", "frame"), Choice(metrics=("fd",)))
+    assert not lighter.find("fd", "chinchilla") and len(lighter.find("fd", "power-floor")) == 4
 
 
 def test_a_ladder_too_short_for_a_law_is_still_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
