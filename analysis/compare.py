@@ -14,18 +14,29 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from analysis.answers import paired
 from analysis.fit import Fit
+from analysis.fit import fit as refit_law
 from analysis.laws import Array
+from analysis.noise import FEW_REPLICATES
 from analysis.points import Points
+from analysis.table import InvalidTable
 
 DRAWS = 2000
+# the usual power of a planned comparison (Cohen 1988, Statistical Power Analysis, 2.4)
+POWER = 0.8
 # a crossing is looked for this far (in decades) on either side of the measured range
 REACH = 2.0
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """Metric of arm a minus that of arm b; for losses and distances the difference of logs (about a relative one)."""
+    """Metric of arm a minus that of arm b; for losses and distances the difference of logs (about a relative one).
+
+    `paired_by` says what both had in common, run by run: "seeds", "prompts". `error` is the standard error and
+    `error_unpaired` the one without the prompts' pairing, None where there is none. `detectable` is the least effect
+    that would have been told from zero four times out of five.
+    """
 
     metric: str
     a: str
@@ -36,6 +47,10 @@ class Contrast:
     high: float
     pairs: int
     rows: tuple[int, ...]
+    paired_by: tuple[str, ...]
+    error: float
+    error_unpaired: float | None
+    detectable: float
 
     @property
     def sign(self) -> int:
@@ -71,6 +86,92 @@ def _by_rank(points: Points) -> list[np.ndarray]:
     return [np.flatnonzero(points.n == n) for n in np.unique(points.n)]
 
 
+def detectable(error: float, dof: float, level: float) -> float:
+    """The least true effect that an interval at `level` excludes zero for with probability POWER."""
+    return error * float(stats.t.ppf(0.5 + level / 2, dof) + stats.t.ppf(POWER, dof))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two arms at one size: their points (indices), of common seeds where there are any, and the difference by seed."""
+
+    a: np.ndarray
+    b: np.ndarray
+    by_seed: Array
+
+    @property
+    def seeded(self) -> bool:
+        return len(self.by_seed) > 0
+
+
+def _pair(a: Points, b: Points, i: np.ndarray, j: np.ndarray) -> _Pair:
+    """Runs of one seed saw the same data in the same order: where both arms have some, only those are compared."""
+    common = [s for s in np.unique(a.seed[i]) if s and s in b.seed[j]]
+    if not common:
+        return _Pair(i, j, np.array([]))
+    ya, yb = _transformed(a), _transformed(b)
+    sides = [np.array([y[k[p.seed[k] == s]].mean() for s in common]) for y, p, k in ((ya, a, i), (yb, b, j))]
+    return _Pair(i[np.isin(a.seed[i], common)], j[np.isin(b.seed[j], common)], sides[0] - sides[1])
+
+
+def _between_seeds(pairs: Sequence[_Pair]) -> tuple[float, float] | None:
+    """Variance of the paired difference from seed to seed and its dof, pooled over sizes; None under FEW_REPLICATES."""
+    rest = [p.by_seed - p.by_seed.mean() for p in pairs if len(p.by_seed) > 1]
+    dof = sum(len(r) - 1 for r in rest)
+    return (float(sum((r**2).sum() for r in rest)) / dof, float(dof)) if dof >= FEW_REPLICATES else None
+
+
+def _evaluation(points: Points, at: np.ndarray) -> float:
+    """Evaluation variance of the mean of some points."""
+    error = points.se[at] if points.kind in ("score", "signed") else points.se[at] / points.y[at]
+    return float(np.nan_to_num(error**2).mean()) / len(at)
+
+
+def _run_to_run(
+    a: Points, b: Points, pair: _Pair, between: tuple[float, float] | None, fits: Sequence[Fit | None]
+) -> tuple[float, float]:
+    """Variance of a difference at one size that other seeds would show, and its dof: from pairs, else from the laws."""
+    if between is not None and pair.seeded:
+        return between[0] / len(pair.by_seed), between[1]
+    variance = dof = 0.0
+    for points, at, fit in zip((a, b), (pair.a, pair.b), fits, strict=True):
+        if points.kind == "score":
+            variance += _evaluation(points, at) * (fit.seeds.total if fit is not None else 0.0)
+            dof += fit.seeds.dof if fit is not None else 0.0
+        else:
+            spread, freedom = _run_variance(points, fit)
+            variance += float(spread[at].mean()) / len(at)
+            dof += freedom
+    return variance, dof or float("inf")
+
+
+def _one_size(
+    a: Points, b: Points, pair: _Pair, between: tuple[float, float] | None, fits: Sequence[Fit | None]
+) -> tuple[float, float, float, float | None, bool]:
+    """(effect, standard error, dof, error without the prompts' pairing, paired over prompts) at one size."""
+    ya, yb = _transformed(a), _transformed(b)
+    effect = float(pair.by_seed.mean()) if pair.seeded else float(ya[pair.a].mean() - yb[pair.b].mean())
+    variance, dof = _run_to_run(a, b, pair, between, fits)
+    if a.kind != "score":
+        # evaluations share their draws, and replicates of a pair hold what is left of their error
+        return effect, float(np.sqrt(variance)), dof, None, False
+    apart = _evaluation(a, pair.a) + _evaluation(b, pair.b)
+    known = [[p.answers[int(r)] for r in p.rows[at] if int(r) in p.answers] for p, at in ((a, pair.a), (b, pair.b))]
+    complete = len(known[0]) == len(pair.a) and len(known[1]) == len(pair.b)
+    found = paired(known[0], known[1]) if complete else None
+    if found is None or not np.isfinite(found.error):
+        return effect, float(np.sqrt(apart + variance)), _freedom(apart, variance, dof), None, False
+    # the images' own seeds are in the prompts' error and in the seeds' variance: once is enough
+    variance = max(variance - (found.drawing or 0.0), 0.0)
+    errors = [float(np.sqrt(e**2 + variance)) for e in (found.error, found.unpaired)]
+    return found.effect, errors[0], _freedom(found.error**2, variance, dof), errors[1], True
+
+
+def _freedom(known: float, estimated: float, dof: float) -> float:
+    """Satterthwaite's degrees of freedom of a sum of a known variance and one estimated with `dof`."""
+    return (known + estimated) ** 2 / (estimated**2 / dof) if estimated > 0 and np.isfinite(dof) else float("inf")
+
+
 def contrast(
     a: Points, b: Points, fit_a: Fit | None, fit_b: Fit | None, at: str, level: float, own_protocols: bool = False
 ) -> Contrast | None:
@@ -85,27 +186,27 @@ def contrast(
     ranks_a, ranks_b = _by_rank(a), _by_rank(b)
     if len(ranks_a) != len(ranks_b) or not ranks_a:
         return None
-    ya, yb = _transformed(a), _transformed(b)
-    differences = np.array([ya[i].mean() - yb[j].mean() for i, j in zip(ranks_a, ranks_b, strict=True)])
-    chosen = {"smallest": [0], "largest": [-1], "all": list(range(len(ranks_a)))}[at]
-    rows = tuple(int(r) for k in chosen for r in (*a.rows[ranks_a[k]], *b.rows[ranks_b[k]]))
+    pairs = [_pair(a, b, i, j) for i, j in zip(ranks_a, ranks_b, strict=True)]
+    between, fits = _between_seeds(pairs), (fit_a, fit_b)
+    chosen = {"smallest": pairs[:1], "largest": pairs[-1:], "all": pairs}[at]
+    rows = tuple(int(r) for p in chosen for r in (*a.rows[p.a], *b.rows[p.b]))
+    sizes = [_one_size(a, b, p, between, fits) for p in chosen]
     if at == "all":
-        if len(differences) < 3:
+        if len(sizes) < 3:
             return None
-        effect = float(differences.mean())
+        differences = np.array([s[0] for s in sizes])
+        effect, dof, apart = float(differences.mean()), len(sizes) - 1.0, None
         error = float(differences.std(ddof=1) / np.sqrt(len(differences)))
-        half = float(stats.t.ppf(0.5 + level / 2, len(differences) - 1)) * error
     else:
-        k = chosen[0]
-        effect, variance, dof = float(differences[k]), 0.0, 0.0
-        for points, ranks, fit in ((a, ranks_a, fit_a), (b, ranks_b, fit_b)):
-            spread, freedom = _run_variance(points, fit)
-            variance += float(spread[ranks[k]].mean()) / len(ranks[k])
-            dof += freedom
-        if variance == 0.0:
+        effect, error, dof, apart, _ = sizes[0]
+        if error == 0.0:
             return None
-        half = float(stats.t.ppf(0.5 + level / 2, dof)) * float(np.sqrt(variance))
-    return Contrast(a.metric, a.name, b.name, at, effect, effect - half, effect + half, len(chosen), rows)
+    half = float(stats.t.ppf(0.5 + level / 2, dof)) * error
+    common = [("seeds", all(p.seeded for p in chosen)), ("prompts", all(s[4] for s in sizes))]
+    return Contrast(
+        a.metric, a.name, b.name, at, effect, effect - half, effect + half, len(chosen), rows,
+        tuple(name for name, held in common if held), error, apart, detectable(error, dof, level),
+    )  # fmt: skip
 
 
 def draw(fit: Fit, count: int, rng: np.random.Generator) -> Array:
@@ -151,7 +252,35 @@ def crossing(a: Fit, b: Fit, level: float, rng: np.random.Generator) -> dict[str
         "metric": a.points.metric, "unit": a.points.unit, "a": a.points.name, "b": b.points.name, "axis": axis,
         "at": float(best) if np.isfinite(best) else None, "interval": bounds, "share_of_draws": share,
         "inside_data": bool(np.isfinite(best) and values.min() <= best <= values.max()),
+        **crossings_by_seed(a, b, x, level),
     }  # fmt: skip
+
+
+def _one_seed(fit: Fit, seed: str) -> Fit | None:
+    """The same law on one seed's runs; None where they cannot carry it."""
+    floor = fit.parameter("E").value if fit.frozen.any() else None
+    try:
+        return refit_law(fit.law, fit.points.take(fit.points.seed == seed), fit.objective, floor, thorough=False)
+    except InvalidTable:
+        return None
+
+
+def crossings_by_seed(a: Fit, b: Fit, x: Array, level: float) -> dict[str, Any]:
+    """Where the laws of each common seed meet, whose runs saw the same data in the same order, and their mean in log x.
+
+    The interval is Student's t over the seeds, from three on that meet.
+    """
+    found = {}
+    for seed in (s for s in np.unique(a.points.seed) if s and s in b.points.seed):
+        pair = [_one_seed(f, seed) for f in (a, b)]
+        if pair[0] is not None and pair[1] is not None:
+            curves = [_curves(f, f.theta[None], x) for f in pair if f is not None]
+            found[str(seed)] = float(_first_crossing(curves[0] - curves[1], x)[0])
+    met = np.log([v for v in found.values() if np.isfinite(v)])
+    if len(met) < 3:
+        return {"by_seed": found, "paired_interval": None}
+    half = float(stats.t.ppf(0.5 + level / 2, len(met) - 1)) * float(met.std(ddof=1)) / np.sqrt(len(met))
+    return {"by_seed": found, "paired_interval": [float(np.exp(met.mean() + s * half)) for s in (-1, 1)]}
 
 
 def chance_of_best(fits: Sequence[Fit], places: Array, rng: np.random.Generator) -> list[dict[str, Any]]:

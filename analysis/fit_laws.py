@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ if str(ROOT) not in sys.path:
 # the matrices here are 5 x 5: threads would only wait for each other
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+from analysis.answers import beside  # noqa: E402
 from analysis.assemble import assemble  # noqa: E402
 from analysis.bootstrap import METHODS  # noqa: E402
 from analysis.changes import changes, in_words  # noqa: E402
@@ -39,7 +41,8 @@ EXAMPLES = """examples:
   python analysis/fit_laws.py results/local results/icons    what changed, with intervals
 
 laws: power A N^-a | power-floor E + A N^-a | compute E + A C^-a | chinchilla E + A N^-a + B D^-b | kaplan | broken
-(one break) | logit (bounded scores). A table that cannot answer: one line with a [CODE], exit code 2."""
+(one break) | logit, logit-joint (bounded scores, along one axis or in N and D). A table that cannot answer:
+one line with a [CODE], exit code 2. per_prompt.parquet beside the table pairs arms prompt by prompt."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -120,7 +123,8 @@ def _table_path(path: Path) -> Path:
 
 def _load(args: argparse.Namespace, path: Path) -> Table:
     group = None if args.group is None else tuple(filter(None, args.group.split(",")))
-    return load(path, n=args.n, d=args.d, c=args.c, group=group, cluster=args.cluster, se=args.se)
+    table = load(path, n=args.n, d=args.d, c=args.c, group=group, cluster=args.cluster, se=args.se)
+    return replace(table, answers=beside(path))
 
 
 def _choice(args: argparse.Namespace) -> Choice:

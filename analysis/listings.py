@@ -118,15 +118,35 @@ def predictions(doc: Document) -> Listing:
     return Listing("Predictions on record", note, headers, rows)
 
 
+def calibration(doc: Document) -> Listing:
+    """How the predictions on record have fared, day by day."""
+    rows = []
+    for day in doc.get("predictions", {}).get("history", []):
+        share = day["covered_so_far"] / day["scored_so_far"]
+        counts = (str(day[k]) for k in ("scored", "covered", "in_advance"))
+        so_far = f"{day['covered_so_far']} of {day['scored_so_far']}"
+        rows.append((day["date"], *counts, so_far, percent(share), span(day["interval"])))
+    note = (
+        f"Of the predictions scored so far, how many fell into their {100 * doc['level']:g} % interval; the last "
+        "column is Wilson's interval of that share. In advance: made before the run that they speak of had finished."
+    )
+    headers = ("scored on", "predictions", "covered", "in advance", "so far", "share", "interval")
+    return Listing("Calibration over time", note, headers, rows)
+
+
 def crossings(doc: Document) -> Listing:
     rows = []
     for c in doc["crossings"]:
         at = "they do not meet" if c["at"] is None else f"{c['axis'].upper()} = {digits(c['at'])}"
         where = "" if c["at"] is None else "in the data" if c["inside_data"] else "extrapolated"
         rows.append((c["a"], c["b"], title_of(c["metric"]), c["axis"].upper(), at, span(c["interval"]), where,
-                     percent(c["share_of_draws"])))  # fmt: skip
-    note = "Where the laws of two arms meet. Draws: the share of parameter draws in which they meet at all."
-    headers = ("arm", "other arm", "metric", "axis", "meet at", "interval", "where", "draws")
+                     percent(c["share_of_draws"]), ", ".join(digits(v) for v in c["by_seed"].values() if v) or "–",
+                     span(c["paired_interval"])))  # fmt: skip
+    note = (
+        "Where the laws of two arms meet. Draws: the share of parameter draws in which they meet at all. By seed: the "
+        "laws of each common seed alone, whose runs saw the same data in the same order; an interval from three on."
+    )
+    headers = ("arm", "other arm", "metric", "axis", "meet at", "interval", "where", "draws", "by seed", "over seeds")
     return Listing("Where one arm overtakes another", note, headers, rows)
 
 
@@ -148,11 +168,16 @@ def contrasts(doc: Document) -> Listing:
         if c["metric"].startswith("geneval_"):
             continue
         sign = {1: "a above b", -1: "a below b", 0: "not told apart"}[c["sign"]]
-        rows.append(
-            (c["a"], c["b"], title_of(c["metric"]), c["at"], digits(c["effect"]), span((c["low"], c["high"])), sign)
-        )
-    note = "Scores: difference; losses and distances: difference of logs, about a relative one. Paired at equal size."
-    return Listing("Arm against arm", note, ("a", "b", "metric", "sizes", "a − b", "interval", "reading"), rows)
+        by = " and ".join(("size", *c["paired_by"]))
+        rows.append((c["a"], c["b"], title_of(c["metric"]), c["at"], digits(c["effect"]), span((c["low"], c["high"])),
+                     sign, by, digits(c["error"]), digits(c["error_unpaired"])))  # fmt: skip
+    note = (
+        "Scores: difference; losses and distances: difference of logs, about a relative one. Runs of one seed saw the "
+        "same data in the same order; a score is paired prompt by prompt where per_prompt.parquet lies beside the "
+        "table, and then its error without that pairing stands in the last column."
+    )
+    headers = ("a", "b", "metric", "sizes", "a − b", "interval", "reading", "paired by", "error", "unpaired")
+    return Listing("Arm against arm", note, headers, rows)
 
 
 def links(doc: Document) -> Listing:
@@ -302,6 +327,9 @@ def verdicts(doc: Document) -> list[dict[str, str]]:
         effect = "" if v["effect"] is None else f"{digits(v['effect'])} {span(v['interval'])}"
         rows = v["evidence"]["rows"]
         shown = ", ".join(map(str, rows[:12])) + (f" and {len(rows) - 12} more" if len(rows) > 12 else "")
+        known = v["detectable"] is not None and v["verdict"] == "undecided"
+        power = f"an effect of {digits(v['detectable'])} would have been seen four times in five" if known else ""
         out.append({"number": str(v["number"]), "claim": v["claim"], "verdict": v["verdict"], "effect": effect,
+                    "power": power,
                     "text": capital(v["evidence"]["text"]), "rows": shown})  # fmt: skip
     return out

@@ -33,6 +33,13 @@ class SeedNoise:
         return float(np.sqrt(self.variance))
 
 
+def _replicates(points: Points) -> bool:
+    """Whether points of one size are trunks that differ in their seed: two of one seed differ in something else."""
+    trunks, first = np.unique(points.cluster, return_index=True)
+    seeds = points.seed[first]
+    return len(trunks) > 1 and (len(np.unique(seeds)) == len(trunks) or not any(seeds))
+
+
 def seed_noise(points: Points) -> SeedNoise | None:
     """Pooled over all cells (N, D) that hold two trunks or more; None without replicates."""
     y = points.y if points.kind in ("signed", "score") else np.log(points.y)
@@ -40,7 +47,7 @@ def seed_noise(points: Points) -> SeedNoise | None:
     squares, dof = 0.0, 0
     for cell in np.unique(cells, axis=0):
         here = (cells == cell).all(1)
-        if len(np.unique(points.cluster[here])) > 1:
+        if _replicates(points.take(here)):
             squares += float(((y[here] - y[here].mean()) ** 2).sum())
             dof += int(here.sum()) - 1
     return SeedNoise(points.metric, points.name, squares / dof, dof) if dof else None
@@ -67,13 +74,13 @@ def _deviations(points: Points) -> Array:
 
 
 def _table(points: Points, values: Array) -> Array | None:
-    """(trunks, data sizes) of one size: the data sizes that all of its trunks carry; None under two trunks."""
+    """(trunks, data sizes) of one size: the data sizes that all of its trunks carry; None without replicates."""
     trunks, codes = np.unique(points.cluster, return_inverse=True)
     levels, places = np.unique(np.nan_to_num(points.d), return_inverse=True)
     out = np.full((len(trunks), len(levels)), np.nan)
     out[codes, places] = values
     out = out[:, np.isfinite(out).all(0)]
-    return out if len(trunks) > 1 and out.shape[1] else None
+    return out if _replicates(points) and out.shape[1] else None
 
 
 def seed_variance(groups: Sequence[Points]) -> SeedVariance:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
+from analysis.answers import Answers, of_metric
 from analysis.laws import Array
 from analysis.table import InvalidTable, Table, kind_of, numbers
 
@@ -18,7 +19,8 @@ class Points:
     """Measured points (all arrays (n,)): axes n, d, c in the table's units, y with se (NaN where unknown), clusters.
 
     `floor` and `real_floor` are a distance's reconstruction and real-to-real floors, `ceiling` a score's best value
-    reachable through the tokenizer; None where the table does not give them.
+    reachable through the tokenizer; None where the table does not give them. `answers` are a score's results prompt by
+    prompt, by row, where they lie beside the table.
     """
 
     group: Mapping[str, str]
@@ -35,6 +37,7 @@ class Points:
     count: Array
     cluster: np.ndarray
     seed: np.ndarray
+    answers: Mapping[int, Answers] = field(default_factory=dict)
     floor: float | None = None
     real_floor: float | None = None
     ceiling: float | None = None
@@ -116,6 +119,16 @@ def _protocols(rows: pd.DataFrame, metric: str, kind: str) -> np.ndarray:
     exact = _labels(rows, f"{metric}_protocol")
     any_n = _labels(rows, f"{metric}_protocol_any_n")
     return np.where(any_n != "", any_n, exact) if kind == "score" else exact
+
+
+def _answers(table: Table, rows: pd.DataFrame, metric: str) -> dict[int, Answers]:
+    if not table.answers or "run_id" not in rows:
+        return {}
+    found = {
+        int(row): of_metric(table.answers, str(run), metric)
+        for row, run in zip(rows["_row"], rows["run_id"], strict=True)
+    }
+    return {row: one for row, one in found.items() if one is not None}
 
 
 def _constant(rows: pd.DataFrame, column: str) -> float | None:
@@ -207,7 +220,8 @@ def select(
         se=np.where(se > 0, se, np.nan),
         count=column(f"{metric}_n"),
         cluster=_codes(rows, columns.cluster),
-        seed=_codes(rows, columns.seed) if columns.seed else np.zeros(len(rows), int),
+        seed=_labels(rows, columns.seed or ""),
+        answers=_answers(table, rows, metric) if kind == "score" else {},
         floor=_constant(rows, f"{metric}_floor") if kind == "distance" else None,
         real_floor=_constant(rows, f"{metric}_real_floor"),
         ceiling=_constant(rows, "geneval_ceiling") if kind == "score" and metric == "geneval" else None,

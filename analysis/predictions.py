@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from analysis.document import plain, write_json
 from analysis.intervals import predict
@@ -67,8 +68,8 @@ def register(
     return out
 
 
-def _measure(entry: dict[str, Any], points: Sequence[Points]) -> None:
-    """Scores one entry where its target has been measured; several seeds count by their mean."""
+def _measure(entry: dict[str, Any], points: Sequence[Points], today: str) -> None:
+    """Scores one entry where its target has been measured; several seeds count by their mean. The first date stays."""
     for p in points:
         if dict(p.group) != entry["group"] or p.metric != entry["metric"]:
             continue
@@ -78,12 +79,40 @@ def _measure(entry: dict[str, Any], points: Sequence[Points]) -> None:
             value = float(p.y[here].mean())
             low, high = entry["interval"]
             entry |= {"measured": value, "covered": bool(low <= value <= high)}
+            entry.setdefault("scored_at", today)
 
 
-def keep_record(path: Path, entries: Sequence[dict[str, Any]], points: Sequence[Points]) -> dict[str, Any]:
+def wilson(hits: int, count: int, level: float) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927): it stays inside [0, 1] and is not empty at 0 or all."""
+    z = float(stats.norm.ppf(0.5 + level / 2))
+    share, bound = hits / count, 1 + z * z / count
+    middle = share + z * z / (2 * count)
+    half = z * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count**2)))
+    return (middle - half) / bound, (middle + half) / bound
+
+
+def history(entries: Sequence[dict[str, Any]], level: float) -> list[dict[str, Any]]:
+    """Day by day: predictions scored, covered, made in advance of that day, and the share covered so far."""
+    scored = [e for e in entries if e["covered"] is not None]
+    out, hits, count = [], 0, 0
+    for date in sorted({e["scored_at"][:10] for e in scored}):
+        today = [e for e in scored if e["scored_at"][:10] == date]
+        hits, count = hits + sum(e["covered"] for e in today), count + len(today)
+        out.append({
+            "date": date, "scored": len(today), "covered": sum(e["covered"] for e in today),
+            "in_advance": sum(e["made_at"] < e["scored_at"] for e in today),
+            "scored_so_far": count, "covered_so_far": hits, "interval": wilson(hits, count, level),
+        })  # fmt: skip
+    return out
+
+
+def keep_record(
+    path: Path, entries: Sequence[dict[str, Any]], points: Sequence[Points], today: str | None = None
+) -> dict[str, Any]:
     """Adds new entries to the record at `path`, scores what can be scored, writes it and returns it.
 
-    A prediction that stands there already keeps its date and its numbers. Raises InvalidTable for an unreadable record.
+    A prediction that stands there already keeps its date and its numbers. `today` is UTC, to the second; None: now.
+    Raises InvalidTable for an unreadable record.
     """
     try:
         record = json.loads(path.read_text()) if path.exists() else {"version": 1, "predictions": []}
@@ -92,15 +121,20 @@ def keep_record(path: Path, entries: Sequence[dict[str, Any]], points: Sequence[
         raise InvalidTable(
             "UNREADABLE_RECORD", f"{path} is no record of predictions: move it away ({error})"
         ) from error
-    today = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    today = today or datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     for entry in plain(list(entries)):
         known.setdefault(_key(entry), {**entry, "made_at": today})
     for entry in known.values():
-        _measure(entry, points)
+        if entry["covered"] is not None:
+            # from before this date was kept: nothing says that it was made in advance
+            entry.setdefault("scored_at", entry["made_at"])
+        _measure(entry, points, today)
     scored = [e for e in known.values() if e["covered"] is not None]
+    level = scored[0]["level"] if scored else 0.95
     record = {
         "version": 1,
-        "calibration": {"scored": len(scored), "covered": sum(e["covered"] for e in scored), "level": 0.95},
+        "calibration": {"scored": len(scored), "covered": sum(e["covered"] for e in scored), "level": level},
+        "history": plain(history(scored, level)),
         "predictions": list(known.values()),
     }
     write_json(path, record)

@@ -1,19 +1,31 @@
-"""Fluid's published results (arXiv 2410.13863, Table 1), shipped as data for fits of their own and as an overlay."""
+"""What others have published: Fluid's results as data for fits and an overlay, and laws whose constants are known."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from analysis.points import select
 from analysis.table import load
 
+# arXiv 2410.13863, Table 1
 TABLE = Path(__file__).parent / "data" / "fluid_published.csv"
 METRICS = ("fid", "geneval")
+# Hoffmann et al. 2022 (arXiv 2203.15556), Table 3: optimal FLOPs and tokens of nine model sizes by approach 1
+CHINCHILLA_TABLE = Path(__file__).parent / "data" / "chinchilla_table3.csv"
+# the same, approach 3 (equation 10), as printed
+CHINCHILLA: Mapping[str, float] = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
+# the same, Table 2: exponents of parameters and of tokens in compute, by approach
+CHINCHILLA_EXPONENTS: Mapping[int, tuple[float, float]] = {1: (0.50, 0.50), 2: (0.49, 0.51), 3: (0.46, 0.54)}
+# Besiroglu et al. 2024 (arXiv 2404.10102): approach 3 fitted again to the points of the paper's figure
+CHINCHILLA_REFIT: Mapping[str, float] = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
+# Kaplan et al. 2020 (arXiv 2001.08361), Table 2: the joint fit of equation 1.5
+KAPLAN: Mapping[str, float] = {"N_c": 6.4e13, "D_c": 1.8e13, "alpha_N": 0.076, "alpha_D": 0.103}
 
 
 def published() -> list[dict[str, Any]]:
-    """The published values against parameters, one entry a metric; measured under the paper's own protocol."""
+    """Fluid's values against parameters, one entry a metric; measured under the paper's own protocol."""
     table = load(TABLE, n="params_total")
     out = []
     for metric in METRICS:

@@ -6,7 +6,6 @@ python analysis/report.py results/local/laws.json
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import sys
 from collections.abc import Iterator
@@ -20,19 +19,15 @@ if str(ROOT) not in sys.path:
 import jinja2  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from analysis import diagnostics, figures, listings, panels, words  # noqa: E402
+from analysis import diagnostics, figures, listings, panels, pictures, words  # noqa: E402
 from analysis.document import write  # noqa: E402
 
 Document = dict[str, Any]
 LISTINGS = (
-    "glance", "laws", "remarks", "choice", "rollouts", "predictions", "crossings", "chances", "contrasts", "links",
-    "ceilings", "allocations", "isoflops", "sensitivities", "noise", "runs", "excluded",
+    "glance", "laws", "remarks", "choice", "rollouts", "calibration", "predictions", "crossings", "chances",
+    "contrasts", "links", "ceilings", "allocations", "isoflops", "sensitivities", "noise", "runs", "excluded",
 )  # fmt: skip
 TEMPLATES = Path(__file__).parent / "templates"
-
-
-def _embed(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _jobs(doc: Document) -> Iterator[tuple[str, str, str, Figure | None]]:
@@ -47,7 +42,9 @@ def _jobs(doc: Document) -> Iterator[tuple[str, str, str, Figure | None]]:
         yield metric, f"{metric}-vs-d", caption, figures.along_data(doc, metric)
     yield "tags", "score-tags", "Each tag of the score against parameters.", figures.tags(doc)
     yield "links", "loss-to-metric", "Metric against validation loss, one line an arm.", diagnostics.links(doc)
-    caption = "Best model size and data size for a budget; shaded: beyond what was trained; dotted: interval off the panel."
+    caption = (
+        "Best model size and data size for a budget; shaded: beyond what was trained; dotted: interval off the panel."
+    )
     yield "allocation", "allocation", caption, diagnostics.allocation(doc)
     yield "isoflop", "isoflop", "Profiles at equal compute, a cross-check.", diagnostics.isoflop(doc)
     caption = "What the laws leave unexplained, in percent of the measured loss."
@@ -63,31 +60,16 @@ def _figures(doc: Document, folder: Path) -> list[dict[str, Any]]:
         if figure is not None:
             half = figure.get_figwidth() < 5
             image = panels.save(figure, folder / "figures", name)
-            out.append({"section": section, "name": name, "caption": caption, "src": _embed(image), "half": half})
+            out.append(
+                {"section": section, "name": name, "caption": caption, "src": pictures.embedded(image), "half": half}
+            )
     return out
-
-
-def _samples(doc: Document, folder: Path) -> dict[str, Any]:
-    """Sample grids by arm (rows) and size (columns, in order of N) that lie beside the table."""
-    sizes: dict[str, float] = {}
-    arms: dict[str, str] = {}
-    for m in doc["measurements"]:
-        arms[panels.name_of(m["group"])] = panels.label_of(m["group"])
-        for size, n in zip(m["size"], m["n"], strict=True):
-            sizes[size] = max(n or 0.0, sizes.get(size, 0.0))
-    columns = sorted(filter(None, sizes), key=lambda s: sizes[s])
-    rows = []
-    for arm, label in arms.items():
-        paths = [folder / f"{arm}-{size}.png" for size in columns]
-        if any(p.is_file() for p in paths):
-            rows.append((label, [_embed(p.read_bytes()) if p.is_file() else None for p in paths]))
-    return {"sizes": columns, "rows": rows}
 
 
 def _context(doc: Document, folder: Path, samples: Path) -> dict[str, Any]:
     listed = {name: getattr(listings, name)(doc) for name in LISTINGS}
     return {
-        "doc": doc, "figures": _figures(doc, folder), "samples": _samples(doc, samples), "listed": listed,
+        "doc": doc, "figures": _figures(doc, folder), "samples": pictures.samples(doc, samples), "listed": listed,
         "summary": words.summary(doc), "verdicts": listings.verdicts(doc),
         "metrics": [m for m in dict.fromkeys(m["metric"] for m in doc["measurements"]) if not m.startswith("geneval_")],
     }  # fmt: skip

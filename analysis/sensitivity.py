@@ -55,7 +55,9 @@ def sensitivity(base: Fit, frame: pd.DataFrame, level: float) -> list[dict[str, 
     rows = [_row("as reported", base, "", level)]
     for label, points, objective, reason in _variants(base, frame):
         try:
-            rows.append(_row(label, fit(base.law, points, objective, floor, thorough=False), reason, level))
+            rows.append(
+                _row(label, fit(base.law, points, objective, floor, thorough=False, seeds=base.seeds), reason, level)
+            )
         except InvalidTable as error:
             rows.append({"choice": label, "reason": reason, "code": error.code})
     return [

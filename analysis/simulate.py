@@ -10,9 +10,8 @@ import pandas as pd
 
 from analysis.laws import Array
 from analysis.points import Points
+from analysis.published import CHINCHILLA
 
-# Hoffmann et al. 2022 (arXiv 2203.15556), approach 3
-CHINCHILLA = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
 LADDER = {"46K": 46_000, "96K": 96_000, "204K": 204_000, "440K": 440_000, "950K": 950_000}
 ARMS = (("continuous", "random"), ("continuous", "raster"), ("discrete", "random"), ("discrete", "raster"))
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -49,7 +48,7 @@ def chinchilla_points(
     mean = truth["E"] + truth["A"] * n ** -truth["alpha"] + truth["B"] * d ** -truth["beta"]
     blank, rows, label = np.full(len(n), np.nan), np.arange(len(n)), np.full(len(n), "")
     y = mean * np.exp(noise * rng.normal(size=len(n)))
-    return Points({}, "loss", "loss", label, label, rows, n, d, 6 * n * d, y, blank, blank, rows, np.zeros(len(n), int))
+    return Points({}, "loss", "loss", label, label, rows, n, d, 6 * n * d, y, blank, blank, rows, np.full(len(n), "0"))
 
 
 def trunk_points(
@@ -61,7 +60,7 @@ def trunk_points(
     seed = np.repeat(np.arange(seeds), sizes * ratios)
     trunk = np.tile(np.repeat(np.arange(sizes), ratios), seeds) + sizes * seed
     shared = noise * rng.normal(size=sizes * seeds)[trunk]
-    return replace(points, y=points.y * np.exp(shared), cluster=trunk, seed=seed)
+    return replace(points, y=points.y * np.exp(shared), cluster=trunk, seed=seed.astype(str))
 
 
 def grid(sizes: int, ratios: int) -> tuple[Array, Array]:

@@ -12,10 +12,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+
+if TYPE_CHECKING:
+    from analysis.answers import Answers
 
 AXES = ("n", "d", "c")
 OWN_COLUMNS = {"n": "params_total", "d": "images", "c": "train_flops"}
@@ -58,7 +61,10 @@ class Columns:
 
 @dataclass(frozen=True)
 class Table:
-    """Usable rows (axes as floats), what was excluded, and the sha256 of the bytes it was read from."""
+    """Usable rows (axes as floats), what was excluded, and the sha256 of the bytes it was read from.
+
+    `answers` holds results prompt by prompt, by (run id, metric), where they lie beside the table.
+    """
 
     frame: pd.DataFrame
     columns: Columns
@@ -67,7 +73,7 @@ class Table:
     n_rows: int
     excluded: tuple[dict, ...] = ()
     own: bool = False
-    labels: Mapping[str, str] = field(default_factory=dict)
+    answers: Mapping[tuple[str, str], Answers] = field(default_factory=dict)
 
     def groups(self) -> list[tuple[dict[str, str], pd.DataFrame]]:
         """Every group with its rows, in the table's order of first appearance."""
@@ -164,20 +170,10 @@ def _number(cell: Any) -> float:
         return float("nan")
 
 
-def load(
-    path: Path | str,
-    *,
-    n: str | None = None,
-    d: str | None = None,
-    c: str | None = None,
-    group: Sequence[str] | None = None,
-    cluster: str | None = None,
-    seed: str | None = None,
-    se: str | None = None,
-) -> Table:
-    """Reads and prepares a table; without a mapping the columns of our own schema are expected. Raises InvalidTable."""
+def load(path: Path | str, **mapping: Any) -> Table:
+    """Reads and prepares a table; `mapping` as in `prepare`. Raises InvalidTable."""
     frame, sha = read(path)
-    return prepare(frame, sha, str(path), n=n, d=d, c=c, group=group, cluster=cluster, seed=seed, se=se)
+    return prepare(frame, sha, str(path), **mapping)
 
 
 def prepare(
@@ -193,7 +189,10 @@ def prepare(
     seed: str | None = None,
     se: str | None = None,
 ) -> Table:
-    """A frame from anywhere (read-only and nullable columns included; it is not modified) -> Table."""
+    """A frame from anywhere (read-only and nullable columns included; it is not modified) -> Table.
+
+    n, d, c, group, cluster, seed and se name columns; without n, d and c those of our own schema are expected.
+    """
     if frame.empty:
         raise InvalidTable("NO_ROWS", f"{source} has no rows")
     own = not (n or d or c)

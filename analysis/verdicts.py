@@ -7,14 +7,14 @@ measured stays `undecided`; a claim whose rows are missing is `not measured`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from analysis.compare import Contrast, contrast
+from analysis.compare import POWER, Contrast, contrast, detectable
 from analysis.fit import Fit
 from analysis.links import join, pearson
 from analysis.points import Points
@@ -51,8 +51,25 @@ class Evidence:
 
 
 CR, CA, DR, DA = ("continuous", "random"), ("continuous", "raster"), ("discrete", "random"), ("discrete", "raster")
-Judgement = tuple[str, Any, Any, str, Sequence[int]]
-_NOTHING: Judgement = (NOT_MEASURED, None, None, "", ())
+Estimate = tuple[float, float, float]  # value, low, high
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict with its weakest effect, its evidence and the rows it rests on.
+
+    `detectable` is the least effect that these runs would have shown four times out of five.
+    """
+
+    verdict: str
+    effect: float | None = None
+    interval: tuple[float, float] | None = None
+    text: str = ""
+    rows: Sequence[int] = ()
+    detectable: float | None = None
+
+
+_NOTHING = Judgement(NOT_MEASURED)
 
 
 def _agree(signs: Sequence[int]) -> str:
@@ -83,10 +100,16 @@ def _judge(found: Sequence[tuple[Contrast | None, int]]) -> Judgement:
     signs = [sign * c.sign for c, sign in known]
     mixed = "its parts point both ways: " if min(signs) < 0 < max(signs) else ""
     text = mixed + "; ".join(_say(c) for c, _ in known)
-    return _agree(signs), weakest.effect, (weakest.low, weakest.high), text, rows
+    least = max((c.detectable for (c, _), s in zip(known, signs, strict=True) if s <= 0), default=None)
+    return Judgement(_agree(signs), weakest.effect, (weakest.low, weakest.high), text, rows, least)
 
 
-def _slope(x: np.ndarray, y: np.ndarray, level: float) -> tuple[float, float, float] | None:
+def _from_half(estimate: Estimate, dof: float, level: float) -> float:
+    """The detectable effect behind an estimate's interval."""
+    return detectable((estimate[2] - estimate[1]) / 2 / float(stats.t.ppf(0.5 + level / 2, dof)), dof, level)
+
+
+def _slope(x: np.ndarray, y: np.ndarray, level: float) -> Estimate | None:
     if len(x) < 3 or np.ptp(x) == 0:
         return None
     found: Any = stats.linregress(x, y)
@@ -99,7 +122,7 @@ def _loss_falls(e: Evidence) -> Judgement:
     arms = e.arms("val_loss")
     if len(arms) < 4:
         return _NOTHING
-    signs, says, rows, slopes = [], [], [], []
+    signs, says, rows, slopes, seen = [], [], [], [], []
     for arm in arms:
         p = e.points[("val_loss", *arm)].largest_data()
         found = _slope(np.log(p.n), np.log(p.y), e.level)
@@ -111,14 +134,15 @@ def _loss_falls(e: Evidence) -> Judgement:
         course = "monotone" if steady else "not monotone"
         says.append(f"{_name(arm)}: slope {found[0]:.4f} [{found[1]:.4f}, {found[2]:.4f}], {course}")
         slopes.append(found)
+        seen.append(_from_half(found, len(p) - 2, e.level))
         rows += p.rows.tolist()
     worst = max(slopes)
-    return _agree(signs), worst[0], worst[1:], "; ".join(says), rows
+    return Judgement(_agree(signs), worst[0], worst[1:], "; ".join(says), rows, max(seen))
 
 
 def _improves_not_strictly(e: Evidence) -> Judgement:
     """Claim 2: the metrics move with the loss in every arm, and log metric on log N is curved somewhere."""
-    signs, says, rows, curved, weakest = [], [], [], False, None
+    signs, says, rows, curved, weakest, seen = [], [], [], False, None, []
     for metric, better in ((e.distance, 1), ("geneval", -1)):
         for arm in e.arms(metric):
             if ("val_loss", *arm) not in e.points:
@@ -131,6 +155,8 @@ def _improves_not_strictly(e: Evidence) -> Judgement:
             signs.append(better * (1 if found[1] > 0 else -1 if found[2] < 0 else 0))
             curvature = _curvature(np.log(p.n), np.log(np.maximum(p.y, 1e-6)), e.level)
             curved |= curvature is not None and (curvature[1] > 0 or curvature[2] < 0)
+            if curvature is not None:
+                seen.append(_from_half(curvature, len(p) - 3, e.level))
             says.append(f"{metric} {_name(arm)}: {found[0]:+.4g} per unit of loss [{found[1]:.4g}, {found[2]:.4g}]")
             weakest = found if weakest is None or abs(found[0]) < abs(weakest[0]) else weakest
             rows += p.rows.tolist()
@@ -139,11 +165,11 @@ def _improves_not_strictly(e: Evidence) -> Judgement:
     verdict = _agree(signs)
     if verdict == HOLDS and not curved:
         verdict = UNDECIDED
-        says.append("no departure from a power law in N could be shown")
-    return verdict, weakest[0], weakest[1:], "; ".join(says), rows
+        says.append("no departure from a power law in N could be shown: the effect to be seen is of log metric's bend")
+    return Judgement(verdict, weakest[0], weakest[1:], "; ".join(says), rows, min(seen, default=None))
 
 
-def _curvature(x: np.ndarray, y: np.ndarray, level: float) -> tuple[float, float, float] | None:
+def _curvature(x: np.ndarray, y: np.ndarray, level: float) -> Estimate | None:
     """The quadratic coefficient of y on x with its t interval; None without a degree of freedom left."""
     if len(x) < 4 or len(np.unique(x)) < 3:
         return None
@@ -169,10 +195,9 @@ def _random_wins_score(e: Evidence) -> Judgement:
     """Claim 5: random above raster on the score for both token kinds; evidence also names the tag with most objects."""
     judged = _judge([(e.contrast("geneval", a, b, "largest"), 1) for a, b in ((CR, CA), (DR, DA))])
     tags = [e.contrast(f"geneval_{tag}", CR, CA, "largest") for tag in ("two_object", "single_object")]
-    if judged[0] == NOT_MEASURED or None in tags:
+    if judged.verdict == NOT_MEASURED or None in tags:
         return judged
-    extra = "; ".join(_say(c) for c in tags if c is not None)
-    return judged[0], judged[1], judged[2], f"{judged[3]}; {extra}", judged[4]
+    return replace(judged, text="; ".join((judged.text, *(_say(c) for c in tags if c is not None))))
 
 
 def _small_continuous_not_better(e: Evidence) -> Judgement:
@@ -188,7 +213,7 @@ def _higher_loss_better_images(e: Evidence) -> Judgement:
 
 def _steps_help(e: Evidence) -> Judgement:
     """Claim 8: in continuous random, every measured metric improves with more data at each size (paired, t)."""
-    signs, says, rows, effect = [], [], [], None
+    signs, says, rows, effect, seen = [], [], [], None, []
     for metric, better in (("val_loss", -1), (e.distance, -1), ("geneval", 1)):
         p = e.points.get((metric, *CR))
         if p is None:
@@ -201,19 +226,20 @@ def _steps_help(e: Evidence) -> Judgement:
                 changes.append(last - first if metric == "geneval" else np.log(last / first))
                 rows += here.rows.tolist()
         if len(changes) < 3 or len(set(p.protocols)) > 1:
-            return NOT_MEASURED, None, None, f"{metric} was not measured alike at several data sizes", ()
+            return Judgement(NOT_MEASURED, text=f"{metric} was not measured alike at several data sizes")
         half = stats.t.ppf(0.5 + e.level / 2, len(changes) - 1) * np.std(changes, ddof=1) / np.sqrt(len(changes))
         mean = float(np.mean(changes))
         signs.append(better * (1 if mean - half > 0 else -1 if mean + half < 0 else 0))
         says.append(f"{metric}: {mean:+.4f} ± {half:.4f} from the smallest to the largest data size")
         effect = (mean, mean - half, mean + half)
+        seen.append(_from_half(effect, len(changes) - 1, e.level))
     assert effect is not None
-    return _agree(signs), effect[0], effect[1:], "; ".join(says), rows
+    return Judgement(_agree(signs), effect[0], effect[1:], "; ".join(says), rows, max(seen))
 
 
 def _nearly_linear(e: Evidence) -> Judgement:
     """Claim 9: |r| of loss to both metrics in continuous random is at least NEARLY_LINEAR."""
-    signs, says, rows, weakest = [], [], [], None
+    signs, says, rows, weakest, sizes = [], [], [], None, []
     for metric in (e.distance, "geneval"):
         if (metric, *CR) not in e.points or ("val_loss", *CR) not in e.points:
             return _NOTHING
@@ -227,9 +253,13 @@ def _nearly_linear(e: Evidence) -> Judgement:
         signs.append(1 if same_sign and low >= NEARLY_LINEAR else -1 if high < NEARLY_LINEAR else 0)
         says.append(f"{metric}: r = {found[0]:.4f} [{found[1]:.4f}, {found[2]:.4f}]")
         weakest = found if weakest is None or abs(found[0]) < abs(weakest[0]) else weakest
+        sizes.append(len(both.loss))
         rows += p.rows.tolist()
     assert weakest is not None
-    return _agree(signs), weakest[0], weakest[1:], "; ".join(says), rows
+    # Fisher's z of the least |r| whose interval would lie above NEARLY_LINEAR four times out of five
+    reach = float(stats.norm.ppf(0.5 + e.level / 2) + stats.norm.ppf(POWER)) / np.sqrt(min(sizes) - 3)
+    least = float(np.tanh(np.arctanh(NEARLY_LINEAR) + reach))
+    return Judgement(_agree(signs), weakest[0], weakest[1:], "; ".join(says), rows, least)
 
 
 def _peak_within_error(e: Evidence) -> Judgement:
@@ -241,9 +271,10 @@ def _peak_within_error(e: Evidence) -> Judgement:
     gap = float(last.y.mean() - before.y.mean())
     half = float(stats.norm.ppf(0.5 + e.level / 2) * np.hypot(last.se.mean(), before.se.mean()))
     if not np.isfinite(half):
-        return UNDECIDED, gap, None, "no standard errors", (*last.rows, *before.rows)
+        return Judgement(UNDECIDED, gap, text="no standard errors", rows=(*last.rows, *before.rows))
     verdict = HOLDS if abs(gap) < half else REVERSED
-    return verdict, gap, (gap - half, gap + half), f"10.5B − 3.1B: {gap:+.4f} ± {half:.4f}", (*last.rows, *before.rows)
+    text, least = f"10.5B − 3.1B: {gap:+.4f} ± {half:.4f}", _from_half((gap, gap - half, gap + half), np.inf, e.level)
+    return Judgement(verdict, gap, (gap - half, gap + half), text, (*last.rows, *before.rows), least)
 
 
 def _order_by_kind(e: Evidence) -> Judgement:
@@ -279,10 +310,11 @@ def verdicts(points: Sequence[Points], fits: Sequence[Fit], level: float) -> lis
     evidence = Evidence(named, laws, level)
     out = []
     for number, claim, judge in CLAIMS:
-        verdict, effect, interval, why, rows = judge(evidence)
+        found = judge(evidence)
         out.append({
-            "number": number, "claim": claim, "verdict": verdict, "effect": effect,
-            "interval": list(interval) if interval is not None else None,
-            "evidence": {"text": why or "no rows speak to it", "rows": sorted({int(r) for r in rows})},
+            "number": number, "claim": claim, "verdict": found.verdict, "effect": found.effect,
+            "interval": list(found.interval) if found.interval is not None else None,
+            "detectable": found.detectable,
+            "evidence": {"text": found.text or "no rows speak to it", "rows": sorted({int(r) for r in found.rows})},
         })  # fmt: skip
     return out

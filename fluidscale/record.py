@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import os
 import subprocess
@@ -16,6 +18,9 @@ from fluidscale import flops
 from fluidscale.spec import InvalidInput, RunSpec, canonical
 
 SCHEMA_VERSION = 1
+# A table opens with what identifies a run and closes with what it cost; metrics and varied keys lie between.
+_FIRST = ("run_id", "trunk_id", "branch_step", "sweep")
+_LAST = ("gpu_hours", "tokens_per_s", "mfu", "status", "git_rev", "versions", "finished_at")
 # Columns that may differ between two faithful executions of one spec.
 VOLATILE = ("gpu_hours", "tokens_per_s", "mfu", "finished_at", "git_rev", "versions")
 
@@ -160,6 +165,23 @@ def varying(specs: Iterable[RunSpec]) -> dict[str, dict[str, Any]]:
     keys = sorted({key for columns in flat.values() for key in columns} - own)
     varied = [key for key in keys if len({json.dumps(columns.get(key)) for columns in flat.values()}) > 1]
     return {run_id: {key: columns.get(key) for key in varied} for run_id, columns in flat.items()}
+
+
+def table_row(record: dict[str, Any], sweep: str, varied: dict[str, Any]) -> dict[str, Any]:
+    """A finished run's row of its sweep's table: its record, and the spec keys that vary over the sweep."""
+    return {**record, "sweep": sweep, **{key: value for key, value in varied.items() if key not in record}}
+
+
+def table_csv(rows: Iterable[dict[str, Any]]) -> str:
+    """Rows as CSV: every float with every digit that it has; what was not measured is empty."""
+    rows = list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
+    middle = [name for name in names if name not in (*_FIRST, *_LAST)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*_FIRST, *middle, *_LAST], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

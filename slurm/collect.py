@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fluidscale.folder import RunFolder
-from fluidscale.record import varying, write_atomic
+from fluidscale.record import table_csv, table_row, varying, write_atomic
 from fluidscale.spec import InvalidInput, RunSpec
 from fluidscale.sweep import Sweep
+from slurm import drawn
 from slurm.status import FINISHED, RunState
 
-# The table opens with what identifies a run and closes with what it cost; metrics and varied keys lie between.
-_FIRST = ("run_id", "trunk_id", "branch_step", "sweep")
-_LAST = ("gpu_hours", "tokens_per_s", "mfu", "status", "git_rev", "versions", "finished_at")
 # Which drawn set of pictures a report shows, best first: prompts of combinations that training had, then any other.
 _SHOWN = ("seen", "")
 
@@ -34,7 +32,7 @@ class Collected:
 
 
 def collect(sweep: Sweep, states: Iterable[RunState], runs_dir: Path, results: Path) -> Collected:
-    """Writes runs.csv, sweep.yaml and samples/ into results/<sweep> (a filtered sweep: its folder partial/).
+    """Writes runs.csv, per_prompt.parquet, sweep.yaml and samples/ into results/<sweep> or its partial/.
 
     Raises InvalidInput when no run is finished.
     """
@@ -44,12 +42,23 @@ def collect(sweep: Sweep, states: Iterable[RunState], runs_dir: Path, results: P
     if not finished:
         raise InvalidInput(f"{runs_dir}: no finished run of {sweep.name} yet; start it: make sweep SWEEP={sweep.name}")
     varied = varying(sweep.runs)
-    rows = [_row(spec, sweep.name, runs_dir, varied[spec.id]) for spec in finished]
+    found = {spec.id: drawn.answers(runs_dir / spec.id, _record(spec, runs_dir)) for spec in finished}
+    rows = [
+        {
+            **_row(spec, sweep.name, runs_dir, varied[spec.id]),
+            **drawn.protocols_any_n(spec, runs_dir / spec.id, found[spec.id]),
+        }
+        for spec in finished
+    ]
     table = out / "runs.csv"
     before = _run_ids(table)
-    write_atomic(table, _csv(rows))
+    write_atomic(table, table_csv(rows))
+    drawn.write_per_prompt(out / "per_prompt.parquet", found)
     write_atomic(out / "sweep.yaml", sweep.text)
-    _copy_samples(finished, runs_dir, out / "samples")
+    shown = _shown(finished)
+    _copy_samples(shown, runs_dir, out / "samples")
+    asked = {name: found[spec.id]["geneval"] for name, spec in shown.items() if "geneval" in found[spec.id]}
+    drawn.write_one_prompt(out / "samples" / "prompt", asked)
     ids = {spec.id for spec in finished}
     return Collected(
         table=table,
@@ -63,21 +72,14 @@ def collect(sweep: Sweep, states: Iterable[RunState], runs_dir: Path, results: P
     )
 
 
-def _row(spec: RunSpec, sweep: str, runs_dir: Path, varied: dict[str, Any]) -> dict[str, Any]:
+def _record(spec: RunSpec, runs_dir: Path) -> dict[str, Any]:
     record = RunFolder(runs_dir / spec.id).record
     assert record is not None
-    return {**record, "sweep": sweep, **{key: value for key, value in varied.items() if key not in record}}
+    return record
 
 
-def _csv(rows: list[dict[str, Any]]) -> str:
-    names = dict.fromkeys(name for row in rows for name in row)
-    middle = [name for name in names if name not in (*_FIRST, *_LAST)]
-    text = io.StringIO()
-    # A float is written with every digit that it has; what was not measured is empty.
-    writer = csv.DictWriter(text, [*_FIRST, *middle, *_LAST], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def _row(spec: RunSpec, sweep: str, runs_dir: Path, varied: dict[str, Any]) -> dict[str, Any]:
+    return table_row(_record(spec, runs_dir), sweep, varied)
 
 
 def _run_ids(table: Path) -> list[str]:
@@ -89,16 +91,21 @@ def _run_ids(table: Path) -> list[str]:
         raise InvalidInput(f"{table}: not a results table of ours (no column run_id); move it away") from error
 
 
-def _copy_samples(specs: list[RunSpec], runs_dir: Path, out: Path) -> None:
-    """One contact sheet an arm and size: of its largest data size and first seed."""
-    shown: dict[tuple[str, str], RunSpec] = {}
+def _shown(specs: list[RunSpec]) -> dict[str, RunSpec]:
+    """<arm>-<size> -> the run that stands for it: of its largest data size and first seed."""
+    shown: dict[str, RunSpec] = {}
     for spec in sorted(specs, key=lambda spec: (-spec.images, spec.seed)):
-        shown.setdefault((spec.arm, spec.size), spec)
-    for (arm, size), spec in shown.items():
+        shown.setdefault(f"{spec.arm}-{spec.size}", spec)
+    return shown
+
+
+def _copy_samples(shown: dict[str, RunSpec], runs_dir: Path, out: Path) -> None:
+    """One contact sheet an arm and size."""
+    for name, spec in shown.items():
         grid = _grid(runs_dir / spec.id / "samples")
         if grid is not None:
             out.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(grid, out / f"{arm}-{size}.png")
+            shutil.copyfile(grid, out / f"{name}.png")
 
 
 def _grid(samples: Path) -> Path | None:

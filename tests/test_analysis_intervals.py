@@ -73,10 +73,13 @@ def test_score_bands_stay_inside_their_bounds() -> None:
 def test_seed_noise_is_measured_from_replicates_only() -> None:
     n, d = grid(4, 1)
     n, d = np.tile(n, 3), np.tile(d, 3)
-    p = chinchilla_points(n, d, 0.01, np.random.default_rng(3))
+    p = replace(chinchilla_points(n, d, 0.01, np.random.default_rng(3)), seed=np.repeat(list("012"), 4))
     found = seed_noise(p)
     assert found is not None and found.dof == 8 and 0.004 < found.relative < 0.02
     assert seed_noise(p.take(np.arange(4))) is None
+    # runs of one seed at one size differ in something else, a learning rate say: no replicates
+    assert seed_noise(replace(p, seed=np.full(12, "0"))) is None
+    assert seed_variance([replace(p, seed=np.full(12, "0"))]) == NO_SEEDS != seed_variance([p])
     both = pooled([found, found])
     assert both is not None and both.dof == 16 and both.variance == pytest.approx(found.variance)
     assert pooled([]) is None
@@ -122,7 +125,7 @@ def test_seed_variance_of_a_score_is_in_units_of_its_own_error() -> None:
     rng = np.random.default_rng(0)
     n, d = np.tile(np.geomspace(1e6, 1e9, 8), 4), np.full(32, 1e9)
     share = 1 / (1 + np.exp(-0.5 * np.log(n / 3e7)))
-    p = replace(chinchilla_points(n, d, 0.0, rng), kind="score", se=np.full(32, 0.02), cluster=np.arange(32))
+    p = replace(chinchilla_points(n, d, 0.0, rng), kind="score", se=np.full(32, 0.02), seed=np.repeat(list("0123"), 8))
     found = seed_variance([replace(p, y=share + 0.03 * rng.normal(size=32))])
     assert found.total == pytest.approx(1.5**2, rel=0.5)
 
@@ -130,7 +133,7 @@ def test_seed_variance_of_a_score_is_in_units_of_its_own_error() -> None:
 def test_lack_of_fit_is_seen_where_replicates_allow() -> None:
     n = np.repeat(np.geomspace(1e6, 1e9, 8), 2)
     rng = np.random.default_rng(0)
-    p = chinchilla_points(n, np.full(16, 1e10), 0.001, rng)
+    p = replace(chinchilla_points(n, np.full(16, 1e10), 0.001, rng), seed=np.tile(["0", "1"], 8))
     wiggly = replace(p, y=p.y * (1 + 0.03 * np.sin(2.5 * np.log(n))))
     good, bad = fit(law("power-floor"), p), fit(law("power-floor"), wiggly)
     assert lack_of_fit(good, seed_noise(p)) == []

@@ -12,7 +12,7 @@ from analysis.fit import fit
 from analysis.laws import law
 from analysis.links import PUBLISHED_R, ceiling_band, join, link, pearson
 from analysis.points import Points
-from analysis.predictions import keep_record, register, rows_sha256
+from analysis.predictions import keep_record, register, rows_sha256, wilson
 from analysis.rollout import rollout, score
 from analysis.simulate import chinchilla_points
 from analysis.study import Choice
@@ -81,6 +81,28 @@ def test_the_hash_is_of_the_rows_used_alone() -> None:
     assert register(spoilt, REFIT, 0.95)[0] == below
     moved = replace(p, y=np.where(p.n == N[0], 9.0, p.y))
     assert register(moved, REFIT, 0.95)[0]["rows_sha256"] != below["rows_sha256"]
+
+
+def test_the_record_says_how_predictions_fared_day_by_day(tmp_path: Path) -> None:
+    path, full = tmp_path / "predictions.json", ladder()
+    below = full.take(full.n < N[-1])
+    planned = [{"n": float(N[-1]), "d": 1e9, "c": 6e18}]
+    keep_record(path, register(below, REFIT, 0.95, planned), [below], "2030-01-01T10:00:00Z")
+    missed = replace(full, y=np.where(full.n == N[-1], 9.0, full.y))
+    record = keep_record(path, [], [missed], "2030-01-03T10:00:00Z")
+    assert [(d["date"], d["scored"], d["covered"], d["in_advance"]) for d in record["history"]] == [
+        ("2030-01-01", 1, 1, 0), ("2030-01-03", 1, 0, 1),
+    ]  # fmt: skip
+    last = record["history"][-1]
+    assert (last["covered_so_far"], last["scored_so_far"]) == (1, 2) and 0 < last["interval"][0] < 0.5
+    again = keep_record(path, [], [missed], "2030-02-01T10:00:00Z")
+    assert again["history"] == record["history"], "a date never moves"
+
+
+def test_wilsons_interval_is_his() -> None:
+    # Newcombe 1998 (Statistics in Medicine 17), table I: 81 of 263 by the score method
+    assert wilson(81, 263, 0.95) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson(4, 4, 0.95)[0] > 0.5 and wilson(4, 4, 0.95)[1] == pytest.approx(1.0)
 
 
 def test_a_foreign_record_is_not_overwritten(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from analysis.points import select
-from analysis.published import TABLE, published
+from analysis.published import TABLE
 from analysis.simulate import TRUTHS, ladder
 from analysis.study import Choice, Study, study
 from analysis.table import load, prepare
@@ -62,6 +62,23 @@ def test_a_missing_arm_is_not_measured(base: pd.DataFrame) -> None:
     assert found[1]["verdict"] == "not measured" and found[5]["verdict"] == "not measured"
 
 
+def test_what_is_undecided_names_the_effect_that_would_have_been_seen(base: pd.DataFrame) -> None:
+    equal = ladder(noise=0.002)
+    full, rng = equal["fd"] != "", np.random.default_rng(0)
+    found = {}
+    for spread in (0.05, 0.2):
+        noise = np.exp(spread * rng.normal(size=full.sum()))
+        noisy = equal.astype({"fd": object, "fd_se": object})
+        noisy.loc[full, "fd"], noisy.loc[full, "fd_se"] = 5.0 * noise, 5.0 * spread
+        found[spread] = judged(noisy)
+    for v in found[0.2].values():
+        if v["verdict"] == "undecided":
+            assert v["detectable"] > 0
+    assert found[0.2][4]["verdict"] == "undecided"
+    # four times the noise hides an effect about four times as large
+    assert found[0.2][4]["detectable"] > 2 * (found[0.05][4]["detectable"] or 0)
+
+
 def test_noise_leaves_it_undecided() -> None:
     equal = ladder(noise=0.002)
     rng = np.random.default_rng(0)
@@ -92,10 +109,3 @@ def test_the_published_table_speaks_to_the_tenth_claim() -> None:
     assert found["verdict"] == "holds" and found["effect"] == pytest.approx(-0.01)
     sure = replace(points[0], se=np.full(5, 0.001))
     assert {v["number"]: v for v in verdicts([sure], [], 0.95)}[10]["verdict"] == "reversed"
-
-
-def test_published_values_are_the_papers() -> None:
-    found = {p["metric"]: p for p in published()}
-    assert list(found["fid"]["y"]) == [7.23, 6.84, 6.59, 6.41, 6.16]
-    assert list(found["geneval"]["y"]) == [0.62, 0.65, 0.67, 0.70, 0.69]
-    assert list(found["fid"]["n"]) == [369e6, 665e6, 1.1e9, 3.1e9, 10.5e9]

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from fluidscale.folder import RunFolder
 from fluidscale.record import flatten, read_json, write_json
-from fluidscale.spec import RunSpec, canonical, run_spec_from_json
+from fluidscale.spec import InvalidInput, RunSpec, canonical, run_spec_from_json
 
 log = logging.getLogger(__name__)
 _BATCH = 1000  # MLflow's limit of metrics a request; requests are what is slow, not metrics
@@ -134,6 +136,51 @@ class Mirror:
         self._client.set_terminated(state["run_id"], _FINAL[ended])
         state["end"] = ended
         return True
+
+
+def experiment_runs(name: str, tracking_uri: str | None = None) -> list[dict[str, Any]]:
+    """Every run of an experiment, oldest first: name state params metrics, and its files spec.json and record.json.
+
+    `metrics` are last values; `spec` (text) and `record` (parsed) are None where the run has none. Raises InvalidInput
+    where the store or the experiment is not there.
+    """
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(Path("runs"))
+    shown = without_secrets(uri)
+    # The client would make an empty database of a path that does not exist.
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise InvalidInput(f"{shown}: no such database; name the store with --tracking-uri")
+    client = MlflowClient(uri)
+    try:
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            known = ", ".join(e.name for e in client.search_experiments()) or "none"
+            raise InvalidInput(f"{shown}: no experiment {name!r} (known: {known})")
+        runs, token = [], None
+        while token != "":
+            page = client.search_runs([found.experiment_id], order_by=["start_time ASC"], page_token=token)
+            runs += [_as_row(client, run) for run in page]
+            token = page.token or ""
+        return runs
+    except MlflowException as error:
+        raise InvalidInput(f"{shown}: {without_secrets(str(error)).strip().splitlines()[0][:200]}") from error
+
+
+def _as_row(client: MlflowClient, run: Run) -> dict[str, Any]:
+    names = {file.path for file in client.list_artifacts(run.info.run_id)}
+    with tempfile.TemporaryDirectory() as place:
+        texts = {
+            name: Path(client.download_artifacts(run.info.run_id, name, place)).read_text() if name in names else None
+            for name in ("spec.json", "record.json")
+        }
+    record = json.loads(texts["record.json"]) if texts["record.json"] else None
+    return {
+        "name": run.info.run_name or run.info.run_id,
+        "state": run.info.status,
+        "params": dict(run.data.params),
+        "metrics": dict(run.data.metrics),
+        "spec": texts["spec.json"],
+        "record": record,
+    }
 
 
 def _lines_since(folder: RunFolder, when: float) -> list[dict[str, Any]]:

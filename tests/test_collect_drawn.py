@@ -1,0 +1,88 @@
+"""What collecting keeps of a run's pictures: results a prompt, one protocol for all numbers of images, one prompt."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from fluidscale.record import write_json
+from fluidscale.sweep import load_sweep
+from slurm.drawn import answers, protocols_any_n, write_one_prompt, write_per_prompt
+
+SPEC = load_sweep("smoke").runs[0]
+
+
+def evaluated(run: Path, images: int, right: int, folder: str = "seen-1", detector: str = "d1") -> dict[str, float]:
+    """A run's folder as evaluation leaves it: `right` of each prompt's images are; returns its record."""
+    place = run / "samples" / folder
+    place.mkdir(parents=True)
+    lines = []
+    for k, (tag, text) in enumerate((("counting", "three cats"), ("two_object", "a cat and a dog"),
+                                     ("two_object", "a bus and a car"))):  # fmt: skip
+        for i in range(images):
+            name = f"{k * images + i:06d}.png"
+            Image.fromarray(np.full((8, 8, 3), 40 * k + i, np.uint8)).save(place / name)
+            lines.append({"filename": name, "tag": tag, "prompt": text, "correct": i < right and k != 2})
+    (place / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_json(run / "eval" / "geneval.json", {"metric": "geneval", "extra": {"detector_sha256": detector}})
+    share = right / images
+    return {"geneval": (share + share / 2) / 2}
+
+
+def test_results_are_kept_prompt_by_prompt(tmp_path: Path) -> None:
+    record = evaluated(tmp_path / "a", 4, 3)
+    found = answers(tmp_path / "a", record)
+    write_per_prompt(tmp_path / "per_prompt.parquet", {"a": found})
+    frame = pd.read_parquet(tmp_path / "per_prompt.parquet")
+    assert list(frame.columns) == ["run_id", "metric", "tag", "prompt", "mean", "n"]
+    assert dict(zip(frame["prompt"], frame["mean"], strict=True)) == {
+        "three cats": 0.75, "a cat and a dog": 0.75, "a bus and a car": 0.0,
+    }  # fmt: skip
+    assert set(frame["n"]) == {4} and frame.groupby("tag")["mean"].mean().mean() == record["geneval"]
+    write_per_prompt(tmp_path / "per_prompt.parquet", {"a": {}})
+    assert not (tmp_path / "per_prompt.parquet").exists(), "results of runs that are gone must not stay"
+
+
+def test_only_results_that_give_the_recorded_score_count(tmp_path: Path) -> None:
+    evaluated(tmp_path / "a", 4, 1, "seen-old")
+    record = evaluated(tmp_path / "a", 4, 3, "seen-new")
+    found = answers(tmp_path / "a", record)["geneval"]
+    assert found[0].mean == 0.75 and found[0].files[0].parent.name == "seen-new"
+    assert answers(tmp_path / "a", {"geneval": 0.123}) == {} and answers(tmp_path / "a", {}) == {}
+
+
+def test_the_number_of_images_does_not_change_the_protocol_and_the_judge_does(tmp_path: Path) -> None:
+    names = {}
+    for run, images, detector in (("one", 1, "d1"), ("four", 4, "d1"), ("other", 4, "d2")):
+        record = evaluated(tmp_path / run, images, 1, detector=detector)
+        found = answers(tmp_path / run, record)
+        names[run] = protocols_any_n(SPEC, tmp_path / run, found)
+    assert set(names["one"]) == {f"geneval{tag}_protocol_any_n" for tag in ("", "_counting", "_two_object")}
+    assert names["one"] == names["four"] != names["other"]
+    sampling = dataclasses.replace(SPEC.evaluate.sampling, guidance_scale=7.0)
+    guided = dataclasses.replace(SPEC, evaluate=dataclasses.replace(SPEC.evaluate, sampling=sampling))
+    record = evaluated(tmp_path / "guided", 4, 1)
+    assert protocols_any_n(guided, tmp_path / "guided", answers(tmp_path / "guided", record)) != names["four"]
+    assert protocols_any_n(SPEC, tmp_path / "guided", {}) == {}
+
+
+def test_one_prompt_that_all_were_asked_is_shown(tmp_path: Path) -> None:
+    found = {name: answers(tmp_path / name, evaluated(tmp_path / name, 4, right))["geneval"]
+             for name, right in (("a", 1), ("b", 3))}  # fmt: skip
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stale.png").write_bytes(b"")
+    write_one_prompt(tmp_path / "out", found)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png", "b.png", "prompt.txt"]
+    assert (tmp_path / "out" / "prompt.txt").read_text() == "a bus and a car\n"
+    picture = np.asarray(Image.open(tmp_path / "out" / "a.png"))
+    assert picture.shape == (8, 32, 3) and list(picture[0, ::8, 0]) == [80, 81, 82, 83]
+
+
+@pytest.mark.parametrize("shown", [{}, {"a": []}])
+def test_without_pictures_nothing_is_shown(tmp_path: Path, shown: dict) -> None:
+    write_one_prompt(tmp_path / "out", shown)
+    assert not (tmp_path / "out").exists()
