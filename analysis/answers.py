@@ -107,4 +107,4 @@ def paired(left: Sequence[Answers], right: Sequence[Answers]) -> Paired | None:
     apart = [_over_tags(tags, m)[1] for m in means]
     drawing = [_drawing(side) for side in (left, right)]
     known = None if drawing[0] is None or drawing[1] is None else drawing[0] + drawing[1]
-    return Paired(effect, error, float(np.hypot(*apart)), known)
+    return Paired(effect, error, float(np.hypot(apart[0], apart[1])), known)
