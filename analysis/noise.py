@@ -33,6 +33,11 @@ class SeedNoise:
         return float(np.sqrt(self.variance))
 
 
+def _cells(points: Points) -> Array:
+    """(n, 2): size and data size, 0 where the table has no such column."""
+    return np.stack([np.nan_to_num(points.n), np.nan_to_num(points.d)], axis=1)
+
+
 def _replicates(points: Points) -> bool:
     """Whether points of one size are trunks that differ in their seed: two of one seed differ in something else."""
     trunks, first = np.unique(points.cluster, return_index=True)
@@ -43,7 +48,7 @@ def _replicates(points: Points) -> bool:
 def seed_noise(points: Points) -> SeedNoise | None:
     """Pooled over all cells (N, D) that hold two trunks or more; None without replicates."""
     y = points.y if points.kind in ("signed", "score") else np.log(points.y)
-    cells = np.stack([np.nan_to_num(points.n), np.nan_to_num(points.d)], axis=1)
+    cells = _cells(points)
     squares, dof = 0.0, 0
     for cell in np.unique(cells, axis=0):
         here = (cells == cell).all(1)
@@ -65,8 +70,9 @@ def _deviations(points: Points) -> Array:
     """Values whose spread within a cell is that of the default objective's weighted residuals."""
     if points.kind == "score":
         middle = np.empty(len(points))
-        for n, d in {(n, d) for n, d in zip(points.n, points.d, strict=True)}:
-            here = (points.n == n) & (points.d == d)
+        cells = _cells(points)
+        for cell in np.unique(cells, axis=0):
+            here = (cells == cell).all(1)
             middle[here] = points.y[here].mean()
         error = np.sqrt(np.maximum(middle * (1 - middle), 1e-12) * DESIGN_EFFECT / points.count)
         return points.y / np.where(np.isfinite(points.se), points.se, error)
