@@ -32,6 +32,7 @@ from fluidscale.sweep import load_world
 from fluidscale.tokens import shipped
 from fluidscale.tokens.image import as_tokenizer, build_network, load_tokenizer, load_weights, to_pixels
 from fluidscale.tokens.networks import FACTOR, KLAutoencoder, VQAutoencoder
+from fluidscale.tokens.quality import psnr, reconstruct
 from fluidscale.world import Scene, World
 
 SPLIT = "all"
@@ -138,17 +139,6 @@ def judged_views(images: np.ndarray, tokenizers: Sequence[Any]) -> Tensor:
             if len(part):
                 pixels[part] = to_pixels(reconstruct(tokenizer, images[part.numpy()]))
     return pixels
-
-
-def reconstruct(tokenizer: Any, images: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Images through their tokens; continuous tokens are drawn from the posterior, as models learn them."""
-    return tokenizer.decode(tokenizer.sample(tokenizer.encode(images), torch.Generator().manual_seed(seed)))
-
-
-def psnr(images: np.ndarray, others: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, averaged over images."""
-    error = ((images.astype(np.float64) - others) ** 2).mean(axis=(1, 2, 3))
-    return float((10 * np.log10(255.0**2 / np.maximum(error, 1e-6))).mean())
 
 
 def certainty(detector: IconDetector, images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
@@ -362,9 +352,7 @@ def _run(arguments: argparse.Namespace, command: str) -> list[dict[str, Any]]:
     if arguments.target == "measure":
         return [measure(workshop, target) for target in RECIPES]
     asked = {
-        key: value
-        for key in ("seed", "steps", "channels", "codes")
-        if (value := getattr(arguments, key)) is not None
+        key: value for key in ("seed", "steps", "channels", "codes") if (value := getattr(arguments, key)) is not None
     }
     recipe = replace(RECIPES[arguments.target], **asked)
     _check(arguments.target, recipe, asked)

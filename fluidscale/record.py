@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,19 @@ class Placement:
     checkpoint_steps: int = 0  # 0: by time only
     branch_steps: tuple[int, ...] = ()  # steps at which siblings leave the trunk: their checkpoints are kept
     peak_flops: float = 0.0  # of the device, per second; 0: unknown, mfu stays empty
-    data_dir: str = ""  # encoded shards; empty: <runs>/data
+    data_dir: str = ""  # encoded scenes of embedded worlds; empty: <runs>/data
+    # Where the folders are that the spec names by sha256: shards, tokenizer, text encoder. {sha256: path}
+    assets: dict[str, str] = field(default_factory=dict)
+
+    def asset(self, sha256: str, what: str) -> Path:
+        """The folder of this hash. Raises InvalidInput when the placement does not say where it is."""
+        if sha256 not in self.assets:
+            raise InvalidInput(
+                f"{what} {sha256[:12]}..: the placement does not say where it is; plan the sweep again, "
+                f'or add {{"{sha256}": "FOLDER"}} to "assets" in placement.json'
+            )
+        return Path(self.assets[sha256])
+
     evaluate: bool = True  # False: training only, another job evaluates
 
     @property

@@ -18,7 +18,7 @@ ORDERS = ("random", "raster")
 ARMS = tuple(f"{kind}-{order}" for kind in TOKEN_KINDS for order in ORDERS)
 
 # Fields added after the first release: absent from the canonical form while they hold their default.
-_ADDED_LATER: dict[str, set[str]] = {}
+_ADDED_LATER: dict[str, set[str]] = {"RunSpec": {"text_encoder_sha256"}}
 
 T = TypeVar("T")
 
@@ -149,6 +149,7 @@ class RunSpec:
     data: DataSpec
     train: TrainSpec
     evaluate: EvaluateSpec
+    text_encoder_sha256: str = ""  # of a frozen encoder; empty: the model embeds words itself
 
     @property
     def arm(self) -> str:

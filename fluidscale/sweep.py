@@ -7,9 +7,8 @@ by the last of: defaults, token kind, order, arm, size, `vary`.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from fluidscale.inputs import Inputs, read_inputs
 from fluidscale.spec import ARMS, InvalidInput, RunSpec, TrainSpec, WorldSpec, canonical, from_dict, unknown_key
 
 SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
-CARDS = Path(__file__).resolve().parent / "tokens" / "weights"
 _KEYS = (
     "extends",
     "sizes",
@@ -40,12 +39,25 @@ _SECTIONS = ("model", "data", "train", "evaluate", "tokenizer", "text_encoder")
 
 @dataclass(frozen=True)
 class Sweep:
-    """A named list of runs and the text of the file that asked for them; partial when a filter left some out."""
+    """A named list of runs and the text of the file that asked for them; partial when a filter left some out.
+
+    `assets` says where the folders are that the runs name by sha256.
+    """
 
     name: str
     runs: tuple[RunSpec, ...]
     text: str
     partial: bool = False
+    assets: dict[str, str] = field(default_factory=dict)
+
+    def require_data(self) -> None:
+        """Raises InvalidInput when a run is planned only: its images are not encoded yet."""
+        for run in self.runs:
+            if run.data.world is None and run.data.manifest_sha256 is None:
+                raise InvalidInput(
+                    f"{self.name}: {run.data.name} is planned only; encode it (python -m fluidscale.encode --help), "
+                    "then name in the sweep data.shards, tokenizer and text_encoder"
+                )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -112,11 +124,12 @@ def load_sweep(name: str, sizes: Sequence[str] | None = None, arms: Sequence[str
         for varied in _varied(plan.get("vary") or {}, where)
         for run in _runs(plan, arm, size, ladder[size], int(seed), varied, where)
     ]
-    unique = {run.id: run for run in runs}
+    unique = {run.id: run for run, _ in runs}
+    assets = {sha256: path for _, inputs in runs for sha256, path in inputs.assets.items()}
     if not unique:
         raise InvalidInput(f"{where}: no runs; `sizes`, `arms`, `seeds` and `images` must each list at least one value")
     partial = len(kept_sizes) * len(kept_arms) < len(all_sizes) * len(all_arms)
-    return Sweep(path.stem, tuple(unique.values()), path.read_text(), partial)
+    return Sweep(path.stem, tuple(unique.values()), path.read_text(), partial, assets)
 
 
 def _extended(path: Path) -> dict[str, Any]:
@@ -190,7 +203,7 @@ def _varied(vary: dict[str, list[Any]], where: str) -> Iterator[dict[str, Any]]:
 
 def _runs(
     plan: dict[str, Any], arm: str, size: str, row: dict[str, Any], seed: int, varied: dict[str, Any], where: str
-) -> Iterator[RunSpec]:
+) -> Iterator[tuple[RunSpec, Inputs]]:
     """One run a data size: they share their trunk, and only the largest is evaluated in full."""
     kind, order = arm.split("-")
     resolved = dict(plan.get("defaults", {}))
@@ -208,16 +221,18 @@ def _runs(
         )
 
 
-def _run(content: dict[str, Any], arm: str, size: str, seed: int, images: int, where: str) -> RunSpec:
+def _run(content: dict[str, Any], arm: str, size: str, seed: int, images: int, where: str) -> tuple[RunSpec, Inputs]:
     for key in content:
         if key not in _SECTIONS:
             raise InvalidInput(unknown_key(key, _SECTIONS, where))
     kind, order = arm.split("-")
-    card = read_card(str(content.get("tokenizer")), where)
+    inputs = read_inputs(content, where)
+    card = inputs.card
     if card["kind"] != kind:
         raise InvalidInput(f"{where}: {arm} cannot use the {card['kind']} tokenizer {content['tokenizer']}")
     model = {
         **content["model"],
+        **inputs.text,
         "token_kind": kind,
         "order": order,
         "grid": card["grid"],
@@ -227,7 +242,7 @@ def _run(content: dict[str, Any], arm: str, size: str, seed: int, images: int, w
     if model.get("head") is not None:
         # The denoising head is as wide as the trunk unless a sweep says otherwise.
         model["head"] = {"width": model["width"], **model["head"]}
-    data = dict(content["data"])
+    data = dict(inputs.data)
     if isinstance(data.get("world"), str):
         data["world"] = canonical(load_world(data["world"]))
     spec = from_dict(
@@ -237,7 +252,8 @@ def _run(content: dict[str, Any], arm: str, size: str, seed: int, images: int, w
             "seed": seed,
             "model": model,
             "tokenizer_sha256": card["sha256"],
-            "text_encoder": content["text_encoder"],
+            "text_encoder": inputs.text_encoder,
+            "text_encoder_sha256": inputs.text_encoder_sha256,
             "data": data,
             "train": _train(dict(content["train"]), images, int(model["width"]), where),
             "evaluate": content["evaluate"],
@@ -245,7 +261,7 @@ def _run(content: dict[str, Any], arm: str, size: str, seed: int, images: int, w
         where,
     )
     check(spec, f"{where}: {arm} {size}")
-    return spec
+    return spec, inputs
 
 
 def _train(train: dict[str, Any], images: int, width: int, where: str) -> dict[str, Any]:
@@ -265,16 +281,6 @@ def _train(train: dict[str, Any], images: int, width: int, where: str) -> dict[s
     # Nine digits: a rate that a person can read back from its spec.
     rate = float(f"{train['lr'] * at_width / width:.9g}") if "lr" in train else None
     return {**train, "lr": rate, "steps": steps, "decay_steps": round(steps * fraction)}
-
-
-def read_card(name: str, where: str) -> dict[str, Any]:
-    """What a tokenizer's card says of its tokens: a shipped one by name, a user's by the path of its .safetensors."""
-    path = Path(name).with_suffix(".json") if name.endswith(".safetensors") else CARDS / f"{name}.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        known = ", ".join(sorted(p.stem for p in CARDS.glob("*.json")))
-        raise InvalidInput(f"{where}: no tokenizer {name!r} ({path} unreadable); shipped: {known}") from error
 
 
 def check(spec: RunSpec, where: str) -> None:
@@ -300,7 +306,10 @@ def check(spec: RunSpec, where: str) -> None:
             f"{train.steps} steps cannot hold {train.warmup_steps} of warm-up and {train.decay_steps} of decay; "
             "raise `images` or lower train.warmup_steps",
         ),
-        (spec.data.world is None, "data.world is missing: name a row of sweeps/worlds.yaml"),
+        (
+            not (spec.data.world or spec.data.manifest_sha256) and spec.tokenizer_sha256,
+            "data.world or data.shards is missing: name a row of sweeps/worlds.yaml, or a folder of encoded images",
+        ),
         (train.lr <= 0 or train.batch <= 0, "train.lr and train.batch must be positive"),
         (
             not train.batch <= spec.data.images_unique,

@@ -158,6 +158,7 @@ def _tell(collected: collect.Collected, console: Console) -> None:
 
 def _submit(arguments: argparse.Namespace, console: Console) -> int:
     planned = _load(arguments)
+    planned.sweep.require_data()
     runs_dir = arguments.runs.resolve()
     plan.check_budget(planned, arguments.max_hours)
     if arguments.dry_run:

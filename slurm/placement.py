@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,9 @@ def choose(cluster: str, name: str | None, resources: Path | None = None) -> Mac
     return Machine(replace(profile, memory_gb=profile.memory_gb or available_memory_gb() / workers), workers)
 
 
-def place(spec: RunSpec, profile: Profile, branch_steps: tuple[int, ...]) -> Placement:
-    """What `fluidscale.run` needs to know of the profile; `branch_steps` are those of all runs of its trunk.
+def place(spec: RunSpec, profile: Profile, branch_steps: tuple[int, ...], assets: Mapping[str, str]) -> Placement:
+    """What `fluidscale.run` needs to know of the profile; `branch_steps` are those of all runs of its trunk,
+    and `assets` says where a sweep's files are, by sha256.
 
     Raises InvalidInput when the batch does not divide into processes x micro-batches x their accumulation.
     """
@@ -146,6 +148,7 @@ def place(spec: RunSpec, profile: Profile, branch_steps: tuple[int, ...]) -> Pla
             f"{where}: a batch of {spec.train.batch} is not micro_batch {profile.micro_batch} x {processes} devices x "
             "a whole number of accumulated steps; change micro_batch, devices or nodes"
         )
+    named = (spec.data.manifest_sha256, spec.tokenizer_sha256, spec.text_encoder_sha256)
     return Placement(
         device=profile.device,
         strategy=profile.strategy,
@@ -158,6 +161,7 @@ def place(spec: RunSpec, profile: Profile, branch_steps: tuple[int, ...]) -> Pla
         checkpoint_minutes=profile.checkpoint_minutes,
         branch_steps=branch_steps,
         peak_flops=profile.peak_tflops * 1e12,
+        assets={sha256: assets[sha256] for sha256 in named if sha256 and sha256 in assets},
     )
 
 

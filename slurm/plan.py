@@ -75,7 +75,7 @@ def make_plan(sweep: Sweep, machine: Machine) -> Plan:
         reached = 0
         for spec in group:
             profile = machine.profile.of(spec.size)
-            placement = place(spec, profile, branches)
+            placement = place(spec, profile, branches, sweep.assets)
             runs.append(PlannedRun(spec, placement, cost(spec, reached, profile), f"{sweep.name}[{number}]"))
             reached = max(reached, spec.train.branch_step)
     return Plan(sweep, machine, tuple(runs))

@@ -148,10 +148,10 @@ def test_a_batch_is_micro_batches_times_devices_times_accumulation(sweep):
     assert spec.train.batch == 64
     four = dataclasses.replace(profile, strategy="ddp", nodes=2, devices=2)
     for micro_batch in (0, 1, 8, 16):
-        placed = placement.place(spec, dataclasses.replace(four, micro_batch=micro_batch), (1,))
+        placed = placement.place(spec, dataclasses.replace(four, micro_batch=micro_batch), (1,), {})
         assert placed.processes == 4 and placed.micro_batch == micro_batch and placed.strategy == "ddp"
     for wrong in ({"micro_batch": 3}, {"micro_batch": 32}, {"nodes": 3}):
         with pytest.raises(InvalidInput, match="whole number of accumulated steps"):
-            placement.place(spec, dataclasses.replace(four, **wrong), (1,))
+            placement.place(spec, dataclasses.replace(four, **wrong), (1,), {})
     with pytest.raises(InvalidInput, match="need strategy ddp or fsdp"):
-        placement.place(spec, dataclasses.replace(profile, devices=2), (1,))
+        placement.place(spec, dataclasses.replace(profile, devices=2), (1,), {})

@@ -5,8 +5,9 @@ Training, validation and drawing ask a `Source` and never know which it is.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fluidscale.data.captioned import CaptionedShards, read_manifest
 from fluidscale.data.shards import Shards, ensure
 from fluidscale.model.transformer import Text
-from fluidscale.record import Placement
+from fluidscale.record import Placement, write_atomic
 from fluidscale.spec import InvalidInput, RunSpec, canonical, digest
+from fluidscale.tokens.text import TextEncoder, padded, relative_error, tolerance
 
 if TYPE_CHECKING:
     from fluidscale.tokens.image import Tokenizer
@@ -120,19 +123,158 @@ def words_text(words: np.ndarray) -> Text:
     return Text(values, values > 0)
 
 
+@dataclass(frozen=True)
+class ShardSource:
+    """Encoded pictures with captions; the text encoder is loaded when live features or new captions need it."""
+
+    spec: RunSpec
+    tokenizer: Tokenizer
+    folder: Path
+    text_encoder: Callable[[], TextEncoder]
+    encoder_placed: bool  # whether the text encoder is at hand at all: with cached features it need not be
+    checked: Path  # empty files here say which cached features were found equal to live ones
+
+    def training(self) -> Rows:
+        shards = self._shards("train")
+        if shards.rows != self.spec.data.images_unique:
+            wanted = self.spec.data.images_unique
+            raise InvalidInput(f"{self.folder}: {shards.rows} training images, the run names {wanted}; plan again")
+        if shards.manifest["text"]["features"] == "cached":
+            self._check_features(shards)
+        return self._rows(shards)
+
+    def _check_features(self, shards: CaptionedShards) -> None:
+        """Once for all runs of a folder on one kind of device: the encoder is larger than most models."""
+        passed = self.checked / str(self.spec.data.manifest_sha256)
+        if not self.encoder_placed:
+            log.info("cached text features are not compared with live ones: the text encoder is not at hand")
+        elif not passed.exists():
+            check_features(shards, self.text_encoder())
+            write_atomic(passed, "")
+
+    def validation(self, first: int, count: int) -> tuple[Tensor, Text]:
+        rows, chosen = self._rows(self._shards("val")), np.arange(first, first + count)
+        if first + count > rows.rows:
+            raise InvalidInput(
+                f"{self.folder}: {rows.rows} validation images, {self.spec.evaluate.val_images} asked for; "
+                "lower evaluate.val_images, or encode with a larger --val-images"
+            )
+        tokens, text = rows.gather(chosen, np.zeros_like(chosen))
+        return tokens.float() if tokens.is_floating_point() else tokens.long(), text
+
+    def text(self, captions: Sequence[str]) -> Text:
+        encoder = self.text_encoder()
+        return Text(*padded(encoder.features(encoder.ids(captions)), self.spec.model.text_length))
+
+    def _shards(self, split: str) -> CaptionedShards:
+        return CaptionedShards(self.folder, split, self.spec.data.manifest_sha256 or "")
+
+    def _rows(self, shards: CaptionedShards) -> CaptionedRows:
+        live = None if shards.manifest["text"]["features"] == "cached" else self.text_encoder()
+        return CaptionedRows(shards, self.spec.model.text_length, live)
+
+
+@dataclass(frozen=True)
+class CaptionedRows:
+    """Rows of encoded pictures: features as they were kept, or made from the captions' ids at every visit."""
+
+    shards: CaptionedShards
+    length: int
+    live: TextEncoder | None
+
+    @property
+    def rows(self) -> int:
+        return self.shards.rows
+
+    def gather(self, rows: np.ndarray, visits: np.ndarray) -> tuple[Tensor, Text]:
+        if self.live is None:
+            features = self.shards.text("features", rows, visits)
+        else:
+            features = self.live.features([ids.numpy() for ids in self.shards.text("ids", rows, visits)])
+        return self.shards.tokens(rows), Text(*padded(features, self.length))
+
+
+def check_features(shards: CaptionedShards, encoder: TextEncoder, sample: int = 8) -> None:
+    """Raises InvalidInput unless the encoder at hand gives the features that the shards hold, on a few captions."""
+    rows = np.linspace(0, shards.rows - 1, min(sample, shards.rows)).astype(np.int64)
+    visits = np.zeros_like(rows)
+    live = encoder.features([ids.numpy() for ids in shards.text("ids", rows, visits)])
+    error = relative_error(live, shards.text("features", rows, visits))
+    if error > tolerance(encoder.dtype):
+        raise InvalidInput(
+            f"{shards.folder}: its text features are {error:.2g} off those of {encoder.name} here, "
+            f"{tolerance(encoder.dtype):.2g} is rounding; encode again, or use the encoder that they were made with"
+        )
+
+
 def open_source(spec: RunSpec, placement: Placement, runs: Path, device: torch.device | str = "cpu") -> Source:
     """The data that a spec names, from where the placement says that they lie; `runs` is the folder of all runs.
 
     Raises InvalidInput when they are missing, damaged, or do not fit the spec.
     """
-    from fluidscale.tokens.image import load_tokenizer
     from fluidscale.world import World
 
-    assert spec.data.world is not None
+    if spec.data.world is None:
+        return _open_shards(spec, placement, runs, device)
     world = World(spec.data.world)
     check_world(spec, world)
-    tokenizer = load_tokenizer(spec.tokenizer_sha256, device)
-    return WorldSource(spec, world, tokenizer, Path(placement.data_dir or runs / "data"))
+    return WorldSource(spec, world, _tokenizer(spec, placement, device), Path(placement.data_dir or runs / "data"))
+
+
+def _tokenizer(spec: RunSpec, placement: Placement, device: torch.device | str) -> Tokenizer:
+    """A shipped tokenizer, or the one that the placement has under the spec's hash."""
+    from fluidscale.tokens.image import load_tokenizer
+
+    where = placement.assets.get(spec.tokenizer_sha256, spec.tokenizer_sha256)
+    tokenizer = load_tokenizer(where, device)
+    _same(tokenizer.sha256, spec.tokenizer_sha256, f"{where}: this tokenizer")
+    return tokenizer
+
+
+def _same(found: str, wanted: str, what: str) -> None:
+    if found != wanted:
+        raise InvalidInput(f"{what} is {found[:12]}.., the run names {wanted[:12]}..; point the placement at that one")
+
+
+def _open_shards(spec: RunSpec, placement: Placement, runs: Path, device: torch.device | str) -> ShardSource:
+    if not spec.data.manifest_sha256:
+        raise InvalidInput(
+            f"{spec.id}: {spec.data.name} is planned only; encode it (python -m fluidscale.encode --help), then name "
+            "the shards in the sweep: data.shards"
+        )
+    folder = placement.asset(spec.data.manifest_sha256, "shards")
+    manifest = read_manifest(folder, spec.data.manifest_sha256)
+    check_manifest(spec, manifest, folder)
+
+    @functools.cache
+    def text_encoder() -> TextEncoder:
+        where = placement.asset(spec.text_encoder_sha256, "text encoder")
+        encoder = TextEncoder(where, manifest["text"]["dtype"], manifest["text"]["length"], device)
+        _same(encoder.sha256, spec.text_encoder_sha256, f"{where}: this text encoder")
+        return encoder
+
+    placed = spec.text_encoder_sha256 in placement.assets
+    return ShardSource(
+        spec, _tokenizer(spec, placement, device), folder, text_encoder, placed, runs / "cache" / f"text-{device}"
+    )
+
+
+def check_manifest(spec: RunSpec, manifest: dict[str, Any], folder: Path) -> None:
+    """Raises InvalidInput when shards hold other tokens or other text than the model reads."""
+    tokens, text, model = manifest["tokenizer"], manifest["text"], spec.model
+    facts = (
+        ("tokenizer", tokens["sha256"], spec.tokenizer_sha256),
+        ("text encoder", text["sha256"], spec.text_encoder_sha256),
+        ("grid", tokens["grid"], model.grid),
+        ("token channels", tokens["channels"], model.token_channels),
+        ("codes", tokens["vocab_size"], model.vocab_size),
+        ("text width", text["width"], model.text_width),
+        ("text length", text["length"], model.text_length),
+        ("text vocabulary", 0, model.text_vocab_size),
+    )
+    for what, there, wanted in facts:
+        if there != wanted:
+            raise InvalidInput(f"{folder}: {what} {there}, the run has {wanted}; name these shards in the sweep anew")
 
 
 def check_world(spec: RunSpec, world: Any) -> None:

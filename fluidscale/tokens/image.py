@@ -6,6 +6,7 @@ them. Inside, pixels are scaled to [-1, 1] (0 -> -1, 255 -> 1); decoded pixels a
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,8 +20,8 @@ from fluidscale.tokens.shipped import verified
 
 # What scores on this tokenizer's images are to be read against, as named on its card.
 REFERENCES = ("fd_floor", "fd_real_floor", "geneval_ceiling", "geneval_floor", "geneval_real")
-# Images per pass through a network: bounds the memory of a call, whatever its size.
-CHUNK = 256
+# Images, and pixels, per pass through a network: they bound the memory of a call, whatever its size.
+CHUNK, CHUNK_PIXELS = 256, 2**20
 
 
 @runtime_checkable
@@ -28,6 +29,7 @@ class Tokenizer(Protocol):
     """What data and evaluation need of a tokenizer. `grid` is tokens per side, so L = grid * grid."""
 
     kind: str  # continuous | discrete
+    resolution: int  # of the images, px per side
     grid: int
     channels: int  # of one token; discrete: 0
     vocab_size: int  # continuous: 0
@@ -54,7 +56,7 @@ class KLTokenizer:
     kind = "continuous"
     vocab_size = 0
 
-    def __init__(self, network: KLAutoencoder, card: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, network: Any, card: dict[str, Any], device: torch.device) -> None:
         self.network, self.device = network, device
         self.resolution, self.grid, self.channels = card["resolution"], card["grid"], card["channels"]
         self.sha256, self.references = card["sha256"], references(card)
@@ -78,7 +80,7 @@ class KLTokenizer:
         if tokens.ndim != 3 or tokens.shape[1:] != (self.grid**2, self.channels):
             raise InvalidInput(f"expected latents (B, {self.grid**2}, {self.channels}), got {tuple(tokens.shape)}")
         images = []
-        for part in tokens.split(CHUNK):
+        for part in tokens.split(chunk(self.resolution)):
             latents = part.to(self.device, torch.float32) * self.network.scale + self.network.shift
             maps = latents.transpose(1, 2).unflatten(2, (self.grid, self.grid))
             images.append(to_images(self.network.decoder(maps)))
@@ -92,7 +94,7 @@ class VQTokenizer:
     channels = 0
     log_scale = 0.0
 
-    def __init__(self, network: VQAutoencoder, card: dict[str, Any], device: torch.device) -> None:
+    def __init__(self, network: Any, card: dict[str, Any], device: torch.device) -> None:
         self.network, self.device = network, device
         self.resolution, self.grid, self.vocab_size = card["resolution"], card["grid"], card["vocab_size"]
         self.sha256, self.references = card["sha256"], references(card)
@@ -115,9 +117,9 @@ class VQTokenizer:
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
             least, most = int(tokens.min()), int(tokens.max())
             raise InvalidInput(f"codes run from 0 to {self.vocab_size - 1}, got {least} to {most}")
-        images = []
-        for part in tokens.split(CHUNK):
-            maps = self.network.codebook[part.to(self.device)].transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        images, codebook = [], self.network.codebook
+        for part in tokens.split(chunk(self.resolution)):
+            maps = codebook[part.to(self.device)].transpose(1, 2).unflatten(2, (self.grid, self.grid))
             images.append(to_images(self.network.decoder(maps)))
         return np.concatenate(images)
 
@@ -136,10 +138,15 @@ def build_network(card: dict[str, Any]) -> KLAutoencoder | VQAutoencoder:
 
 
 def load_tokenizer(name_or_path: str, device: torch.device | str = "cpu") -> KLTokenizer | VQTokenizer:
-    """A shipped tokenizer by name, or a user's by the path of its .safetensors (card beside it), hash-checked.
+    """A shipped tokenizer by name or hash, one's own by the path of its .safetensors (card beside it), hash-checked,
+    or another project's by its folder.
 
     Raises InvalidInput when it is missing, damaged or no tokenizer.
     """
+    if Path(name_or_path).is_dir():
+        from fluidscale.tokens.foreign import load_network
+
+        return as_tokenizer(*load_network(Path(name_or_path)), device)
     data, card = verified(name_or_path)
     if card.get("kind") not in ("continuous", "discrete"):
         raise InvalidInput(f"{name_or_path}: its card says {card.get('kind')!r}, which is not a tokenizer")
@@ -151,13 +158,10 @@ def load_tokenizer(name_or_path: str, device: torch.device | str = "cpu") -> KLT
 def as_tokenizer(
     network: nn.Module, card: dict[str, Any], device: torch.device | str = "cpu"
 ) -> KLTokenizer | VQTokenizer:
-    """Wraps a network in eval mode on `device`; `card` needs resolution, grid, channels, vocab_size and sha256."""
+    """Wraps a network in eval mode on `device`; `card` needs kind, resolution, grid, channels, vocab_size, sha256."""
     network = network.to(device).eval().requires_grad_(False)
-    if isinstance(network, KLAutoencoder):
-        return KLTokenizer(network, card, torch.device(device))
-    if isinstance(network, VQAutoencoder):
-        return VQTokenizer(network, card, torch.device(device))
-    raise TypeError(f"{type(network).__name__} is no autoencoder")
+    wrap = {"continuous": KLTokenizer, "discrete": VQTokenizer}[card["kind"]]
+    return wrap(network, card, torch.device(device))
 
 
 def load_weights(network: nn.Module, data: bytes) -> None:
@@ -181,7 +185,13 @@ def _chunks(images: np.ndarray, resolution: int) -> list[np.ndarray]:
         raise InvalidInput(
             f"expected uint8 images (B, {resolution}, {resolution}, 3), got {images.dtype} {tuple(images.shape)}"
         )
-    return [images[k : k + CHUNK] for k in range(0, max(len(images), 1), CHUNK)]
+    size = chunk(resolution)
+    return [images[k : k + size] for k in range(0, max(len(images), 1), size)]
+
+
+def chunk(resolution: int) -> int:
+    """Images of one pass."""
+    return max(1, min(CHUNK, CHUNK_PIXELS // resolution**2))
 
 
 __all__ = ["FACTOR", "KLTokenizer", "Tokenizer", "VQTokenizer", "load_tokenizer"]

@@ -1,0 +1,94 @@
+"""What a sweep's data, tokenizer and text encoder are, read from their cards and manifests: no torch, nothing hashed.
+
+A spec names them by sha256. Where they lie is kept beside it, for the placement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fluidscale.record import read_json
+from fluidscale.spec import InvalidInput, unknown_key
+
+CARDS = Path(__file__).resolve().parent / "tokens" / "weights"
+# What a planned-only tokenizer says of itself; a card and a manifest say more.
+_TOKENIZER = ("kind", "grid", "channels", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Parts of a spec that follow from the files it names, and where these lie ({sha256: path})."""
+
+    card: dict[str, Any]
+    data: dict[str, Any]
+    text: dict[str, Any] = field(default_factory=dict)  # of the model: text_vocab_size, text_width, text_length
+    text_encoder: str = ""
+    text_encoder_sha256: str = ""
+    assets: dict[str, str] = field(default_factory=dict)
+
+
+def read_inputs(content: dict[str, Any], where: str) -> Inputs:
+    """The inputs of a sweep's sections `data`, `tokenizer` and `text_encoder`.
+
+    - `data.world`: an embedded world; the tokenizer is a shipped one, or the path of its .safetensors.
+    - `data.shards`: a folder of `fluidscale.encode`, whose manifest names tokenizer and text encoder; the sections
+      `tokenizer` and `text_encoder` say in which folders these are.
+    - neither: planned only, with a tokenizer of {kind, grid, channels, vocab_size}.
+
+    Raises InvalidInput where a file is missing or is no such thing.
+    """
+    data, tokenizer = dict(content.get("data") or {}), content.get("tokenizer")
+    encoder = str(content.get("text_encoder") or "")
+    if "shards" in data:
+        return _encoded(data, tokenizer, encoder, where)
+    if isinstance(tokenizer, dict):
+        for key in tokenizer:
+            if key not in _TOKENIZER:
+                raise InvalidInput(unknown_key(key, _TOKENIZER, f"{where}: tokenizer"))
+        if missing := [key for key in _TOKENIZER if key not in tokenizer]:
+            raise InvalidInput(f"{where}: tokenizer: missing {', '.join(missing)}")
+        return Inputs({**tokenizer, "sha256": ""}, data, text_encoder=encoder)
+    card = read_card(str(tokenizer), where)
+    path = Path(str(tokenizer))
+    assets = {card["sha256"]: str(path.absolute())} if path.suffix == ".safetensors" else {}
+    return Inputs(card, data, text_encoder=encoder, assets=assets)
+
+
+def _encoded(data: dict[str, Any], tokenizer: Any, encoder: str, where: str) -> Inputs:
+    folder = Path(str(data.pop("shards"))).absolute()
+    path = folder / "manifest.json"
+    manifest = read_json(path)
+    if manifest is None:
+        raise InvalidInput(f"{where}: data.shards: no {path}; make it with python -m fluidscale.encode")
+    try:
+        card, text, images = manifest["tokenizer"], manifest["text"], manifest["splits"]["train"]
+        model = {"text_vocab_size": 0, "text_width": text["width"], "text_length": text["length"]}
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        data = {"name": folder.name, **data, "images_unique": images, "manifest_sha256": sha256}
+        assets = {sha256: str(folder)}
+        for name, known, given in (("tokenizer", card, tokenizer), ("text_encoder", text, encoder)):
+            if given:
+                assets[known["sha256"]] = str(_there(Path(str(given)), f"{where}: {name}"))
+        return Inputs(card, data, model, text["encoder"], text["sha256"], assets)
+    except (KeyError, TypeError) as error:
+        raise InvalidInput(f"{path}: not a manifest of fluidscale.encode ({error!r} is missing)") from error
+
+
+def _there(path: Path, where: str) -> Path:
+    if not path.exists():
+        raise InvalidInput(f"{where}: no such file or folder: {path}")
+    return path.absolute()
+
+
+def read_card(name: str, where: str) -> dict[str, Any]:
+    """What a tokenizer's card says of its tokens: a shipped one by name, a user's by the path of its .safetensors."""
+    path = Path(name).with_suffix(".json") if name.endswith(".safetensors") else CARDS / f"{name}.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        known = ", ".join(sorted(p.stem for p in CARDS.glob("*.json")))
+        raise InvalidInput(f"{where}: no tokenizer {name!r} ({path} unreadable); shipped: {known}") from error

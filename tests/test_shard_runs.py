@@ -1,0 +1,217 @@
+"""The whole path on real formats: PNGs and COCO captions, saved networks, shards, training, evaluation, pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from real_formats import coco, pictures, tiny_t5, tiny_vae, tiny_vq
+
+from fluidscale import encode, sample
+from fluidscale.data.sources import CaptionedRows, check_features, open_source
+from fluidscale.record import Placement, read_json
+from fluidscale.run import main, run
+from fluidscale.spec import ARMS, InvalidInput, to_json
+from fluidscale.sweep import load_sweep
+from fluidscale.tokens.text import TextEncoder
+from slurm.placement import load_profile, place
+
+SWEEP = """
+sizes: [50K]
+arms: all
+seeds: [0]
+images: [48]
+defaults:
+  data: {name: pictures}
+  text_encoder: ROOT/t5
+  model: {aligner_depth: 3, position: every_layer}
+  train: {lr: 2.0e-3, batch: 8, warmup_steps: 2, decay_fraction: 0.25, weight_decay: 0.02, beta1: 0.9, beta2: 0.95,
+          grad_clip: 1.0, ema_decay: 0.9, text_drop: 0.1}
+  evaluate: {val_images: 4, geneval_images_per_prompt: 0, fd_images: 0,
+             sampling: {guidance_scale: 2.0, temperature: 1.0, num_inference_steps: 4}}
+by_token_kind:
+  continuous:
+    tokenizer: ROOT/vae
+    data: {shards: ROOT/vae-shards}
+    model: {head: {num_blocks: 1, objective: flow, noise_repeats: 1}}
+    evaluate: {sampling: {solver: euler, num_denoising_steps: 4}}
+  discrete:
+    tokenizer: ROOT/vq
+    data: {shards: ROOT/vq-shards}
+by_order:
+  random: {model: {mask_law: uniform}}
+  raster: {evaluate: {sampling: {num_inference_steps: 16}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    """A folder with everything that the sweep names."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("stack")
+    tiny_vae(root / "vae"), tiny_vq(root / "vq"), tiny_t5(root / "t5")
+    coco(root / "captions.json", pictures(root / "images", 20))
+    for kind in ("vae", "vq"):
+        assert encode.main(command(root, kind, f"{kind}-shards")) == 0
+    (root / "pictures.yaml").write_text(SWEEP.replace("ROOT", str(root)))
+    return root
+
+
+def command(root, kind, out, *more):
+    given = {"--captions": "captions.json", "--tokenizer": kind, "--text-encoder": "t5", "--out": out}
+    paths = [word for option, name in given.items() for word in (option, str(root / name))]
+    return [str(root / "images"), *paths, "--text-length", "6", "--val-images", "4", *more]
+
+
+@pytest.fixture
+def planned(stack):
+    """Run and placement of an arm, as `make plan` makes them."""
+
+    def plan(arm, name="pictures"):
+        sweep = load_sweep(str(stack / f"{name}.yaml"), arms=[arm])
+        return sweep.runs[0], place(sweep.runs[0], load_profile("cpu"), (), sweep.assets)
+
+    return plan
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_from_pictures_to_pictures(stack, planned, arm):
+    spec, placement = planned(arm)
+    assert spec.data.images_unique == 16 and spec.model.text_width == 12 and spec.model.text_vocab_size == 0
+    assert set(placement.assets) == {spec.data.manifest_sha256, spec.tokenizer_sha256, spec.text_encoder_sha256}
+    folder = stack / "runs" / spec.id
+    record = run(spec, folder, placement)
+    assert record["status"] == "done" and record["images"] == 48 and record["images_unique"] == 16
+    assert np.isfinite(record["val_loss"]) and record["val_loss_n"] == 4 and record["val_loss_se"] > 0
+    assert record["text_encoder"] == "t5-12" and record["tokenizer_sha"] == spec.tokenizer_sha256[:12]
+    assert sample.main([str(folder), "a red cat", "--num-images", "2", "--out", str(folder / "grid.png")]) == 0
+    assert np.asarray(Image.open(folder / "grid.png")).std() > 1
+
+
+def test_one_process_or_two_train_the_same_model(stack, planned, tmp_path):
+    spec, placement = planned("discrete-random")
+    spec = dataclasses.replace(spec, seed=1)
+    alone = run(spec, tmp_path / "one" / spec.id, placement)
+    two = dataclasses.replace(placement, strategy="ddp", devices=2)
+    together = run(spec, tmp_path / "two" / spec.id, two)
+    assert together["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-4)
+
+
+def test_live_features_train_the_same_model_as_cached_ones(stack, planned, tmp_path):
+    assert encode.main(command(stack, "vq", "live-shards", "--text-features", "live")) == 0
+    assert not list((stack / "live-shards").glob("*features*"))
+    text = (stack / "pictures.yaml").read_text().replace("vq-shards", "live-shards")
+    (stack / "live.yaml").write_text(text)
+    losses = []
+    for name in ("pictures", "live"):
+        spec, placement = planned("discrete-raster", name)
+        source = open_source(spec, placement, tmp_path)
+        rows, visits = np.arange(8), np.arange(8)
+        losses.append((run(spec, tmp_path / spec.id, placement)["val_loss"], source.training().gather(rows, visits)))
+    (cached_loss, (tokens, cached)), (live_loss, (again, live)) = losses
+    assert torch.equal(tokens, again) and torch.equal(cached.mask, live.mask)
+    torch.testing.assert_close(cached.values, live.values, rtol=0.05, atol=0.05)
+    assert live_loss == pytest.approx(cached_loss, rel=1e-2)
+
+
+def test_features_of_another_encoder_are_noticed_at_the_start(stack, planned, tmp_path):
+    spec, placement = planned("discrete-raster")
+    shards = open_source(spec, placement, tmp_path)._shards("train")
+    check_features(shards, TextEncoder(stack / "t5", "bfloat16", 6))
+    other = TextEncoder(stack / "t5", "bfloat16", 6)
+    with torch.no_grad():
+        next(other._network.parameters()).mul_(1.2)
+    with pytest.raises(InvalidInput, match="off those of t5-12 here"):
+        check_features(shards, other)
+
+
+def test_dropped_and_empty_captions_become_the_null(stack, planned, tmp_path):
+    from fluidscale.model.build import build
+
+    spec, placement = planned("discrete-raster")
+    rows: CaptionedRows = open_source(spec, placement, tmp_path).training()
+    _, text = rows.gather(np.arange(4), np.zeros(4, np.int64))
+    assert 0 < text.mask.sum() < text.mask.numel()
+    encoder = build(spec.model).text
+    drop = torch.tensor([True, False, False, False])
+    dropped, kept = encoder(text, drop).values, encoder(text, None).values
+    assert torch.equal(dropped[0], encoder.null.expand(6, -1)) and torch.equal(dropped[1:], kept[1:])
+    # What stands where there is no token reaches nothing.
+    noise = torch.where(text.mask[..., None], text.values, torch.randn(4, 6, 12).bfloat16())
+    shown = encoder(dataclasses.replace(text, values=noise), None).values
+    assert torch.equal(shown[text.mask], kept[text.mask])
+
+
+def refused(spec, placement, folder, capsys):
+    folder.mkdir(parents=True)
+    (folder / "asked.json").write_text(to_json(spec))
+    (folder / "where.json").write_text(json.dumps(dataclasses.asdict(placement)))
+    words = [str(folder / "asked.json"), "--dir", str(folder / "run"), "--placement", str(folder / "where.json")]
+    assert main(words) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    left = {path.suffix for path in (folder / "run").rglob("*")}
+    assert not left & {".ckpt", ".safetensors", ".jsonl"} and not (folder / "run" / "record.json").exists()
+    return line
+
+
+def test_a_run_on_other_data_ends_in_one_line(stack, planned, tmp_path, capsys):
+    spec, placement = planned("discrete-raster")
+
+    def moved(sha256, folder):
+        return dataclasses.replace(placement, assets={**placement.assets, sha256: str(folder)})
+
+    line = refused(spec, moved(spec.data.manifest_sha256, stack / "vae-shards"), tmp_path / "a", capsys)
+    assert "which the run names" in line
+    line = refused(spec, moved(spec.tokenizer_sha256, stack / "vae"), tmp_path / "b", capsys)
+    assert "this tokenizer is" in line
+    tiny_t5(tmp_path / "wider", width=24)
+    line = refused(spec, moved(spec.text_encoder_sha256, tmp_path / "wider"), tmp_path / "c", capsys)
+    assert "this text encoder is" in line
+    line = refused(spec, Placement(device="cpu"), tmp_path / "d", capsys)
+    assert "does not say where it is" in line
+    model = dataclasses.replace(spec.model, text_width=24)
+    line = refused(dataclasses.replace(spec, model=model), placement, tmp_path / "e", capsys)
+    assert "text width 12, the run has 24" in line
+    shutil.copytree(stack / "vq-shards", tmp_path / "cut")
+    path = tmp_path / "cut" / "part-00000-features.npy"
+    path.write_bytes(path.read_bytes()[:-7])
+    line = refused(spec, moved(spec.data.manifest_sha256, tmp_path / "cut"), tmp_path / "f", capsys)
+    assert "part-00000-features.npy" in line and "the manifest says" in line
+
+
+def test_a_sweep_names_its_shards_and_reads_the_rest_from_them(stack, planned, tmp_path):
+    spec, _ = planned("continuous-raster")
+    manifest = read_json(stack / "vae-shards" / "manifest.json")
+    assert (spec.model.grid, spec.model.token_channels) == (4, 16)
+    assert spec.text_encoder_sha256 == manifest["text"]["sha256"] and spec.data.name == "pictures"
+    text = (stack / "pictures.yaml").read_text()
+    for before, after, message in (
+        ("vae-shards", "gone-shards", "python -m fluidscale.encode"),
+        ("tokenizer: " + str(stack / "vae"), "tokenizer: " + str(stack / "gone"), "no such file or folder"),
+        ("vae-shards", "vq-shards", "cannot use the discrete tokenizer"),
+    ):
+        (tmp_path / "bad.yaml").write_text(text.replace(before, after))
+        with pytest.raises(InvalidInput, match=message):
+            load_sweep(str(tmp_path / "bad.yaml"), arms=["continuous-raster"])
+
+
+def test_a_sweep_can_be_planned_before_anything_is_encoded(stack, tmp_path):
+    text = (stack / "pictures.yaml").read_text()
+    declared = "tokenizer: {kind: discrete, grid: 16, channels: 0, vocab_size: 8192}"
+    text = text.replace(f"tokenizer: {stack / 'vq'}", declared)
+    text = text.replace(f"data: {{shards: {stack / 'vq-shards'}}}", "data: {images_unique: 1000}")
+    text = text.replace(
+        "model: {aligner_depth", "model: {text_vocab_size: 0, text_width: 9, text_length: 5, aligner_depth"
+    )
+    (tmp_path / "planned.yaml").write_text(text)
+    sweep = load_sweep(str(tmp_path / "planned.yaml"), arms=["discrete-raster"])
+    assert sweep.runs[0].model.vocab_size == 8192 and sweep.assets == {}
+    with pytest.raises(InvalidInput, match="planned only"):
+        sweep.require_data()
+    with pytest.raises(InvalidInput, match="planned only"):
+        open_source(sweep.runs[0], Placement(), tmp_path)
