@@ -211,7 +211,9 @@ def contrast(
 
 def draw(fit: Fit, count: int, rng: np.random.Generator) -> Array:
     """Parameter vectors (count, p) from the fit's multivariate t, kept inside the law's bounds."""
-    root = np.linalg.cholesky(fit.covariance + 1e-18 * np.eye(len(fit.theta)))
+    # By eigenvalues: where a parameter is hardly held, rounding leaves the matrix short of what Cholesky demands.
+    values, vectors = np.linalg.eigh(fit.covariance)
+    root = vectors * np.sqrt(np.clip(values, 0.0, None))
     scale = np.sqrt(fit.within[1] / rng.chisquare(fit.within[1], size=(count, 1)))
     low, high = fit.law.bounds()
     return np.clip(fit.theta + scale * (rng.standard_normal((count, len(fit.theta))) @ root.T), low, high)

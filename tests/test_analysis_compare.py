@@ -127,3 +127,12 @@ def test_profiles_of_an_isoflop_sweep_agree_with_the_joint_law() -> None:
     assert [p["interpolated"] for p in found] == [False] * 3
     for p in found:
         assert np.log10(p["n_star"] / p["joint_n_star"]) == pytest.approx(0, abs=0.3)
+
+
+def test_a_direction_that_the_data_hardly_hold_can_still_be_drawn() -> None:
+    fitted = law_of(STEEP)
+    axis = np.ones((len(fitted.theta), 1))
+    # Of one direction alone, and by rounding a little less than positive.
+    singular = replace(fitted, covariance=1e-6 * (axis @ axis.T) - 1e-20 * np.eye(len(axis)))
+    drawn = draw(singular, 4000, np.random.default_rng(0)) - singular.theta
+    assert np.allclose(drawn, drawn[:, :1], atol=1e-8) and 5e-4 < drawn[:, 0].std() < 3e-3
