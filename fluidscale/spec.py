@@ -18,7 +18,11 @@ ORDERS = ("random", "raster")
 ARMS = tuple(f"{kind}-{order}" for kind in TOKEN_KINDS for order in ORDERS)
 
 # Fields added after the first release: absent from the canonical form while they hold their default.
-_ADDED_LATER: dict[str, set[str]] = {"RunSpec": {"text_encoder_sha256"}}
+_ADDED_LATER: dict[str, set[str]] = {
+    "RunSpec": {"text_encoder_sha256"},
+    "TrainSpec": {"decay_shape", "decay_head"},
+    "SamplingSpec": {"final_denoising_steps"},
+}
 
 T = TypeVar("T")
 
@@ -95,7 +99,7 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """Warm-up, stable, decay: the rate is constant from warmup_steps to branch_step, then falls linearly to 0."""
+    """Warm-up, stable, decay: the rate is constant from warmup_steps to branch_step, then falls to 0."""
 
     lr: float
     batch: int
@@ -108,6 +112,8 @@ class TrainSpec:
     grad_clip: float
     ema_decay: float
     text_drop: float
+    decay_shape: str = "linear"  # linear | cosine (half a period)
+    decay_head: bool = True  # whether weight decay acts on the denoising head; MAR leaves it out
 
     @property
     def branch_step(self) -> int:
@@ -124,7 +130,8 @@ class SamplingSpec:
     num_inference_steps: int  # autoregressive steps; raster: one per token
     guidance_schedule: str = "constant"  # constant | linear (MAR)
     num_denoising_steps: int = 0  # continuous: steps of the head's solver; discrete: 0
-    solver: str = "none"  # continuous: ddpm | ddim | dpmpp_2m | euler; discrete: none
+    solver: str = "none"  # continuous: ddpm | ddpm_clamped | ddim | dpmpp_2m | euler; discrete: none
+    final_denoising_steps: int = 0  # DiSA: solver steps of the last tokens, linear in the known ones; 0: as the first
 
 
 @dataclass(frozen=True)

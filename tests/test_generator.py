@@ -87,3 +87,23 @@ def test_settings_that_do_not_fit_are_refused(change, seeds):
     model = awake(arm_spec("discrete-random"))
     with pytest.raises(InvalidInput):
         generate(model, text_of(model.spec, 2), dataclasses.replace(sampling_of(model.spec), **change), seeds)
+
+
+@pytest.mark.parametrize("arm", ["continuous-random", "continuous-raster"])
+def test_fewer_denoising_steps_are_taken_as_more_is_known(arm):
+    model = awake(arm_spec(arm))
+    text, sampling = text_of(model.spec, 2), dataclasses.replace(sampling_of(model.spec), num_denoising_steps=10)
+    rows: list[int] = []
+    model.head.denoiser.input.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    same = dataclasses.replace(sampling, final_denoising_steps=10)
+    assert torch.equal(generate(model, text, sampling, [1, 2]), generate(model, text, same, [1, 2]))
+    counts = {}
+    for final in (10, 2):
+        rows.clear()
+        drawn = generate(model, text, dataclasses.replace(sampling, final_denoising_steps=final), [1, 2])
+        counts[final] = len(rows)
+        assert drawn.isfinite().all()
+    steps = len(model.order.steps(9, 4, torch.arange(9).expand(2, -1)))
+    assert counts[10] == 10 * steps and 0.5 < counts[2] / counts[10] < 0.85
+    with pytest.raises(InvalidInput, match="num_denoising_steps"):
+        generate(model, text, dataclasses.replace(sampling, final_denoising_steps=-1), [1, 2])

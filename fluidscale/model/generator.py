@@ -47,9 +47,10 @@ def generate(
         seen, shown = (view.twice(), torch.cat([tokens, tokens])) if guided else (view, tokens)
         z = model(seen, shown, text, drop, cache)
         z, z_uncond = _at(z, slots, guided)
+        share = float(known[0].float().mean())
         known[images, written] = True
         scale = SCHEDULES[sampling.guidance_schedule](sampling.guidance_scale, length, int((~known[0]).sum()))
-        drawn = sample(z, z_uncond, scale, ImageDraws(generators, written.shape[1], model.device))
+        drawn = sample(z, z_uncond, scale, ImageDraws(generators, written.shape[1], model.device), share)
         index = (images * length + written).flatten().to(model.device)
         tokens.flatten(0, 1)[index] = drawn.to(tokens.dtype)
         if progress is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
@@ -13,15 +14,22 @@ from torch import Tensor, nn
 from fluidscale.model.denoiser import Denoiser, step_chunks
 from fluidscale.model.diffusion import OBJECTIVES, Noise, likelihood_bound
 from fluidscale.model.draws import ImageDraws
-from fluidscale.model.solvers import StepNetwork, make_solver
+from fluidscale.model.solvers import Solver, StepNetwork, make_solver
 from fluidscale.model.transformer import EMBED_STD, linear, zero_
 from fluidscale.spec import InvalidInput, ModelSpec, SamplingSpec
 
 # Draws a token takes in the likelihood bound; more buy little, since a validation set has thousands of tokens.
 BOUND_DRAWS = 4
 
-# Draws tokens, (M,) int64 or (M, C), from (z (M, d), z_uncond (M, d) or None, guidance, draws).
-Sampler = Callable[[Tensor, Tensor | None, float, ImageDraws], Tensor]
+
+class Sampler(Protocol):
+    """Draws tokens with settings that were fixed before."""
+
+    def __call__(
+        self, z: Tensor, z_uncond: Tensor | None, guidance: float, draws: ImageDraws, known: float = 0.0
+    ) -> Tensor:
+        """Tokens (M,) int64 or (M, C) given z (M, d), when this share of the image's tokens is known."""
+        ...
 
 
 class Head(Protocol):
@@ -85,11 +93,13 @@ class SoftmaxHead(nn.Module):
         return self.losses(z, tokens, None)
 
     def sampler(self, sampling: SamplingSpec) -> Sampler:
-        if sampling.solver != "none":
+        if sampling.solver != "none" or sampling.final_denoising_steps:
             raise InvalidInput(f"codes are drawn without a solver: solver must be none, got {sampling.solver!r}")
         temperature = _temperature(sampling)
 
-        def sample(z: Tensor, z_uncond: Tensor | None, guidance: float, draws: ImageDraws) -> Tensor:
+        def sample(
+            z: Tensor, z_uncond: Tensor | None, guidance: float, draws: ImageDraws, known: float = 0.0
+        ) -> Tensor:
             if z_uncond is None:
                 logits = self.classifier(z).float()
             else:
@@ -134,11 +144,22 @@ class DiffusionHead(nn.Module):
         return likelihood_bound(self.objective, partial(self.denoiser, z=z), tokens, BOUND_DRAWS, rng)
 
     def sampler(self, sampling: SamplingSpec) -> Sampler:
-        solver = make_solver(sampling.solver, self.objective, sampling.num_denoising_steps)
         temperature = _temperature(sampling)
-        times = self.denoiser.embed_time(solver.times.float().to(self.inward.weight.device))
+        most, fewest = sampling.num_denoising_steps, sampling.final_denoising_steps or sampling.num_denoising_steps
 
-        def sample(z: Tensor, z_uncond: Tensor | None, guidance: float, draws: ImageDraws) -> Tensor:
+        @functools.cache
+        def scheduled(steps: int) -> tuple[Solver, Tensor]:
+            solver = make_solver(sampling.solver, self.objective, steps)
+            return solver, self.denoiser.embed_time(solver.times.float().to(self.inward.weight.device))
+
+        # Settings that do not fit are refused before the first token is drawn.
+        scheduled(most), scheduled(fewest)
+
+        def sample(
+            z: Tensor, z_uncond: Tensor | None, guidance: float, draws: ImageDraws, known: float = 0.0
+        ) -> Tensor:
+            # DiSA (arXiv 2505.20297): the more is known, the narrower is what is left to denoise.
+            solver, times = scheduled(round(most + (fewest - most) * known))
             network = self._bind(z, z_uncond, guidance, times)
             return solver.solve(network, draws.normal(solver.num_noises, self.channels), temperature)
 
