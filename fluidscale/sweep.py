@@ -25,6 +25,7 @@ _KEYS = (
     "extends",
     "sizes",
     "arms",
+    "only",
     "seeds",
     "images",
     "defaults",
@@ -115,11 +116,13 @@ def load_sweep(name: str, sizes: Sequence[str] | None = None, arms: Sequence[str
     where = str(path)
     ladder = read_yaml(SWEEPS / "sizes.yaml")
     all_sizes, all_arms = _listed(plan, "sizes", ladder, where), _listed(plan, "arms", ARMS, where)
+    only = {size: _listed(plan["only"], size, ARMS, f"{where}: only") for size in plan.get("only") or {}}
     kept_sizes = _filter(all_sizes, sizes, "SIZE", where)
     kept_arms = _filter(all_arms, arms, "ARM", where)
     runs = [
         run
         for size, arm in itertools.product(kept_sizes, kept_arms)
+        if arm in only.get(size, ARMS)
         for seed in _seeds(plan, size, where)
         for varied in _varied(plan.get("vary") or {}, where)
         for run in _runs(plan, arm, size, ladder[size], int(seed), varied, where)
@@ -311,6 +314,7 @@ def check(spec: RunSpec, where: str) -> None:
             "data.world or data.shards is missing: name a row of sweeps/worlds.yaml, or a folder of encoded images",
         ),
         (train.lr <= 0 or train.batch <= 0, "train.lr and train.batch must be positive"),
+        (train.decay_shape not in ("linear", "cosine"), f"train.decay_shape {train.decay_shape!r}: linear or cosine"),
         (
             not train.batch <= spec.data.images_unique,
             f"data.images_unique {spec.data.images_unique} is below one batch of {train.batch}",

@@ -11,14 +11,16 @@ from fluidscale import flops
 from fluidscale.spec import RunSpec
 from slurm.placement import Profile
 
-# Weights, gradients, two moments of Adam and the averaged weights, float32 each.
-_STATE_BYTES = 5 * 4
+# float32 weights, gradients, the average and each of Adam's two moments.
+_WIDE = 4
 # A checkpoint holds weights, moments and averaged weights; the one before it is kept until the next is safe.
 _CHECKPOINT_BYTES, _CHECKPOINTS_KEPT = 4 * 4, 2
-# Values kept for backward per token, channel and block: self-attention 6, cross-attention 4, MLP (4x) 10.
-_BLOCK_VALUES = 20
-# The same in one residual block of the denoising head (AdaLN rows, normed input, hidden layer twice, output).
-_HEAD_VALUES = 9
+# Values kept for backward per token, channel and block: self-attention 6, cross-attention 4, MLP (4x) 10. Of a block
+# that is computed again its input alone, in float32.
+_BLOCK_VALUES, _INPUT_VALUES = 20, 2
+# The same in one residual block of the denoising head (AdaLN rows, normed input, hidden layer twice, output). Of one
+# that is computed again its AdaLN rows and its input.
+_HEAD_VALUES, _HEAD_INPUT_VALUES = 9, 4
 # A Python process with torch, Lightning and the evaluation networks.
 _PROCESS_GB = 0.9
 # GenEval's prompts (djghosh13/geneval); the embedded world poses about as many, seen and unseen combinations together.
@@ -28,35 +30,77 @@ _PNG_BYTES = 1.2
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What one device holds while it trains, GB (1e9 bytes); sharded, the first four are its part alone."""
+
+    weights: float  # with the copies that a step computes on: half precision, or gathered from all devices
+    gradients: float
+    optimizer: float
+    average: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return _PROCESS_GB + self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+
+@dataclass(frozen=True)
 class Cost:
-    """The price of one run on one worker, and what it leaves on disk."""
+    """The price of one run on its devices, and what it leaves on disk."""
 
     train_seconds: float  # of the steps that this run really makes: what its siblings made before is not paid again
     evaluate_seconds: float
     other_seconds: float
-    memory_gb: float
+    devices: int  # that train
+    evaluating_devices: int
+    tokens_per_s: float  # assumed, all devices together
+    memory: Memory
     disk_gb: float
 
     @property
     def seconds(self) -> float:
         return self.train_seconds + self.evaluate_seconds + self.other_seconds
 
+    @property
+    def device_seconds(self) -> float:
+        """Of all devices together; those that wait while one of them evaluates are paid for too."""
+        training = (self.train_seconds + self.other_seconds) * self.devices
+        return training + self.evaluate_seconds * self.evaluating_devices
+
+    @property
+    def memory_gb(self) -> float:
+        return self.memory.total
+
 
 def cost(spec: RunSpec, first_step: int, profile: Profile) -> Cost:
-    """The price of `spec` when its trunk's checkpoint at `first_step` is there already."""
+    """The price of `spec` when its trunk's checkpoint at `first_step` is there already.
+
+    What devices lose by waiting for each other is part of `sustained_tflops`.
+    """
     rate = profile.sustained_tflops * 1e12
     per_image = flops.flops_per_image(spec.model)
     steps = spec.train.steps - first_step
-    # Backward costs twice the forward.
-    arithmetic = 3 * per_image["total"] * spec.train.batch / rate
-    latency = spec.model.depth * profile.layer_seconds
+    # Backward costs twice the forward; computing activations again is another forward.
+    arithmetic = (4 if profile.recompute else 3) * per_image["total"] * spec.train.batch / profile.processes / rate
+    parts = spec.train.batch / profile.processes / samples_at_once(spec, profile)
+    step_seconds = arithmetic + parts * spec.model.depth * profile.layer_seconds
+    evaluating = profile.evaluating or profile
     return Cost(
-        train_seconds=steps * (arithmetic + latency),
+        train_seconds=steps * step_seconds,
+        # One process evaluates.
         evaluate_seconds=_evaluation_flops(spec, per_image) / rate,
         other_seconds=profile.run_seconds,
-        memory_gb=memory_gb(spec, profile),
+        devices=profile.processes,
+        evaluating_devices=evaluating.processes,
+        tokens_per_s=spec.train.batch * spec.model.num_tokens / step_seconds,
+        memory=memory(spec, profile),
         disk_gb=disk_gb(spec),
     )
+
+
+def samples_at_once(spec: RunSpec, profile: Profile) -> float:
+    """Samples whose activations one device holds."""
+    return profile.micro_batch or spec.train.batch / profile.processes
 
 
 def _evaluation_flops(spec: RunSpec, per_image: dict[str, float]) -> float:
@@ -67,25 +111,44 @@ def _evaluation_flops(spec: RunSpec, per_image: dict[str, float]) -> float:
     passes = 1 if model.order == "raster" else sampling.num_inference_steps
     head = per_image["head"]
     if model.head is not None:
-        head *= sampling.num_denoising_steps / model.head.noise_repeats
+        most = sampling.num_denoising_steps
+        head *= (most + (sampling.final_denoising_steps or most)) / 2 / model.head.noise_repeats
     drawn = evaluate.fd_images + evaluate.geneval_images_per_prompt * _PROMPTS
     body = per_image["total"] - per_image["head"]
     return branches * drawn * (passes * body + head) + evaluate.val_images * per_image["total"]
 
 
-def memory_gb(spec: RunSpec, profile: Profile) -> float:
-    """Peak memory of training one batch on one device, GB (1e9 bytes)."""
-    model, batch = spec.model, spec.train.batch
-    wide = 2 if "16" in profile.precision else 4
-    values = model.num_tokens * model.width * model.depth * _BLOCK_VALUES
-    values += spec.model.text_length * model.width * model.aligner_depth * _BLOCK_VALUES
-    if model.head is not None:
-        rows = model.num_tokens * model.head.noise_repeats
-        values += rows * model.head.width * model.head.num_blocks * _HEAD_VALUES
+def memory(spec: RunSpec, profile: Profile) -> Memory:
+    """Peak memory of one device in training."""
+    half = "16" in profile.precision
+    narrow = 2 if half else _WIDE
+    counts = flops.params(spec.model)
+    total, shards = counts["total"], profile.processes if profile.strategy == "fsdp" else 1
+    if profile.strategy == "fsdp":
+        # Gathered at a time: two units, of which one is on its way, and all that belongs to no block.
+        unit = max(counts["body"] / spec.model.depth, counts["head"])
+        copies = narrow * (2 * unit + counts["embed"])
     else:
-        values += 2 * model.num_tokens * model.vocab_size
-    state = flops.params(model)["total"] * _STATE_BYTES
-    return _PROCESS_GB + (state + batch * values * wide) / 1e9
+        copies = narrow * total if half else 0
+    state = _WIDE * total / shards / 1e9
+    kept = samples_at_once(spec, profile) * _activations(spec, profile.recompute) * narrow / 1e9
+    return Memory(state + copies / 1e9, state, 2 * state, state, kept)
+
+
+def _activations(spec: RunSpec, recompute: bool) -> float:
+    """Values that one sample keeps for the backward pass."""
+    model = spec.model
+    blocks = ((model.num_tokens, model.depth), (model.text_length, model.aligner_depth))
+    values = 0.0
+    for length, depth in blocks:
+        # One block at a time is computed again.
+        per_token = depth * _INPUT_VALUES + min(depth, 1) * _BLOCK_VALUES if recompute else depth * _BLOCK_VALUES
+        values += length * model.width * per_token
+    if model.head is None:
+        return values + 2 * model.num_tokens * model.vocab_size
+    rows, count = model.num_tokens * model.head.noise_repeats, model.head.num_blocks
+    per_row = count * _HEAD_INPUT_VALUES + _HEAD_VALUES if recompute else count * _HEAD_VALUES
+    return values + rows * model.head.width * per_row
 
 
 def disk_gb(spec: RunSpec) -> float:

@@ -31,7 +31,7 @@ from rich.text import Text
 from fluidscale.folder import RunFolder
 from fluidscale.spec import InvalidInput
 from fluidscale.sweep import load_sweep
-from slurm import budget, claim, collect, layout, plan, scheduler, status
+from slurm import budget, claim, collect, layout, plan, scheduler, sizing, status
 from slurm.live import Bars, PlainLines
 from slurm.mirror import Mirror
 from slurm.placement import CLUSTERS, choose
@@ -96,12 +96,24 @@ def _load(arguments: argparse.Namespace) -> plan.Plan:
 
 def _plan(arguments: argparse.Namespace, console: Console) -> int:
     planned = _load(arguments)
-    plan.check_budget(planned, arguments.max_hours)
+    # A sweep too large for this machine is priced on the GPUs that it would need, unless it was asked for here.
+    away = arguments.profile is None and not sizing.fits(planned)
+    plans = sizing.elsewhere(planned.sweep) if away else [planned]
+    for priced in plans:
+        plan.check_budget(priced, arguments.max_hours)
     if arguments.json:
-        print(json.dumps({"runs": plan.as_rows(planned)}, indent=1))
+        print(json.dumps({"runs": plan.as_rows(plans[-1])}, indent=1))
         return 0
-    console.print(plan.as_table(planned))
-    console.print(plan.totals(planned), highlight=False, soft_wrap=True)
+    console.print(plan.as_table(plans[-1]))
+    if any(spec.data.world is None for spec in planned.sweep.runs):
+        console.print(sizing.alternatives((spec.size, spec.model) for spec in planned.sweep.runs))
+    if away:
+        here = planned.machine.profile
+        console.print(f"This machine's {here.memory_gb:.1f} GB a worker ({here.name}) hold no such run; on others:")
+    for priced in plans:
+        if priced.machine.profile.sizes:
+            console.print(sizing.placements(priced))
+        console.print(plan.totals(priced), highlight=False, soft_wrap=True)
     return 0
 
 

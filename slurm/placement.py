@@ -65,6 +65,11 @@ class Profile:
         return from_dict(Profile, keys, f"{self.name}: sizes: {size}")
 
     @property
+    def processes(self) -> int:
+        """Of one run: a process a device."""
+        return self.devices * self.nodes
+
+    @property
     def evaluating(self) -> Profile | None:
         """The placement of jobs that evaluate; None where training does it."""
         if self.evaluation is None:
@@ -139,7 +144,7 @@ def place(spec: RunSpec, profile: Profile, branch_steps: tuple[int, ...], assets
 
     Raises InvalidInput when the batch does not divide into processes x micro-batches x their accumulation.
     """
-    processes = profile.nodes * profile.devices
+    processes = profile.processes
     where = f"profile {profile.name}: {spec.arm} {spec.size}"
     if processes > 1 and (profile.strategy == "single" or profile.cluster == "local"):
         raise InvalidInput(f"{where}: {processes} devices a run need strategy ddp or fsdp, and cluster slurm")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import os
 import shutil
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from rich.table import Table
 from fluidscale.record import Placement, planned
 from fluidscale.spec import InvalidInput, RunSpec
 from fluidscale.sweep import Sweep
-from slurm.cost import Cost, cost
-from slurm.placement import Machine, place
+from slurm.cost import Cost, cost, memory
+from slurm.placement import Machine, Profile, place
+
+# A placement of more devices than this is not looked for.
+_MOST_DEVICES = 1024
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Plan:
     @property
     def worker_hours(self) -> float:
         """GPU-hours (core-hours on a CPU) of all runs together."""
-        return sum(run.cost.seconds for run in self.runs) / 3600
+        return sum(run.cost.device_seconds for run in self.runs) / 3600
 
     @property
     def disk_gb(self) -> float:
@@ -86,16 +90,34 @@ def check_budget(plan: Plan, max_hours: float | None) -> None:
     profile = plan.machine.profile
     worst = max(plan.runs, key=lambda run: run.cost.memory_gb)
     if worst.cost.memory_gb > profile.memory_gb > 0:
+        way_out = smallest(worst.spec, profile.of(worst.spec.size))
         raise InvalidInput(
             f"{worst.spec.arm} {worst.spec.size} needs about {worst.cost.memory_gb:.1f} GB a worker, profile "
-            f"{profile.name} has {profile.memory_gb:.1f}: lower train.batch in the sweep, leave the size out "
-            "(SIZE=..), or use another --profile"
+            f"{profile.name} has {profile.memory_gb:.1f}: {way_out}; or lower train.batch in the sweep, leave the size "
+            "out (SIZE=..), or use another --profile"
         )
     if max_hours is not None and plan.hours > max_hours:
         raise InvalidInput(
             f"--max-hours {max_hours:g}: {len(plan.runs)} runs need about {plan.hours:.3g} hours on "
             f"{plan.machine.workers} {profile.name} worker(s); take fewer sizes or arms, or allow more"
         )
+
+
+def smallest(spec: RunSpec, profile: Profile) -> str:
+    """The fewest devices like this on which a run fits, as the keys of a profile's size."""
+    devices = [1] if profile.device != "cuda" else [2**k for k in range(_MOST_DEVICES.bit_length())]
+    for count, recompute in itertools.product(devices, (False, True)):
+        share, rest = divmod(spec.train.batch, count)
+        micro = share
+        while not rest and micro:
+            keys = {"strategy": "single" if count == 1 else "fsdp", "devices": count, "nodes": 1}
+            candidate = replace(profile, **keys, micro_batch=micro, recompute=recompute)
+            if (needed := memory(spec, candidate).total) <= profile.memory_gb:
+                keys = {**keys, "micro_batch": micro, "recompute": recompute}
+                said = ", ".join(f"{key}: {str(value).lower()}" for key, value in keys.items() if key != "nodes")
+                return f"the smallest placement that fits is {{{said}}} ({needed:.1f} GB)"
+            micro = micro // 2 if micro % 2 == 0 else 0
+    return f"no placement of up to {devices[-1]} such devices fits"
 
 
 def check_folder(runs_dir: Path, needed_gb: float) -> None:
@@ -127,9 +149,10 @@ def as_rows(plan: Plan) -> list[dict[str, Any]]:
             "sweep": plan.sweep.name,
             **planned(run.spec),
             "memory_gb_per_gpu": round(run.cost.memory_gb, 3),
-            "gpus": 0 if run.placement.device == "cpu" else 1,
+            "gpus": 0 if run.placement.device == "cpu" else run.cost.devices,
             "hours": run.cost.seconds / 3600,
-            "gpu_hours": run.cost.seconds / 3600,
+            "gpu_hours": run.cost.device_seconds / 3600,
+            "tokens_per_s_assumed": run.cost.tokens_per_s,
             "disk_gb": round(run.cost.disk_gb, 4),
             "array": run.array,
         }

@@ -116,9 +116,9 @@ def test_memory_grows_with_the_batch_and_shrinks_with_precision(sweep):
     spec = sweep.runs[0]
     profile = load_profile("cpu")
     wide = dataclasses.replace(spec, train=dataclasses.replace(spec.train, batch=4096))
-    assert cost.memory_gb(wide, profile) > 1.05 * cost.memory_gb(spec, profile)
+    assert cost.memory(wide, profile).total > 1.05 * cost.memory(spec, profile).total
     halved = dataclasses.replace(profile, precision="bf16-mixed")
-    assert cost.memory_gb(wide, halved) < cost.memory_gb(wide, profile)
+    assert cost.memory(wide, halved).total < cost.memory(wide, profile).total
 
 
 def test_a_budget_that_cannot_be_met_is_refused(sweep):
