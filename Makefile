@@ -85,8 +85,8 @@ check: $(DEV)  ## lint, types, import rules, house rules
 	@$(VENV)/bin/lint-imports --no-logo
 	@$(PY) tests/house.py
 
-bench: $(DEV)  ## every benchmark, one after the other
-	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script || exit 1; done
+bench: $(DEV)  ## every benchmark that this machine can run, one after the other
+	@for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script || [ $$? -eq 2 ] || exit 1; done
 
 clean:  ## remove what make made; asks before runs and results
 	@rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
