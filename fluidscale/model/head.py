@@ -153,7 +153,8 @@ class DiffusionHead(nn.Module):
             return solver, self.denoiser.embed_time(solver.times.float().to(self.inward.weight.device))
 
         # Settings that do not fit are refused before the first token is drawn.
-        scheduled(most), scheduled(fewest)
+        for steps in (most, fewest):
+            scheduled(steps)
 
         def sample(
             z: Tensor, z_uncond: Tensor | None, guidance: float, draws: ImageDraws, known: float = 0.0
