@@ -128,7 +128,10 @@ def sampling_flops(spec: ModelSpec, sampling: SamplingSpec) -> float:
         trunk = keys + sampling.num_inference_steps * (parts["body"] / 2 - keys)
     head = float(tokens * d * spec.vocab_size)
     if spec.head is not None:
-        per_token = sampling.num_denoising_steps * _denoising_row(spec, spec.head)
+        most = sampling.num_denoising_steps
+        # Fewer for the last tokens, linear in between.
+        steps = (most + (sampling.final_denoising_steps or most)) / 2
+        per_token = steps * _denoising_row(spec, spec.head)
         head = tokens * (d * spec.head.width + per_token)
     return branches * (parts["text"] + 2.0 * trunk + 2.0 * head)
 

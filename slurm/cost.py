@@ -104,18 +104,9 @@ def samples_at_once(spec: RunSpec, profile: Profile) -> float:
 
 
 def _evaluation_flops(spec: RunSpec, per_image: dict[str, float]) -> float:
-    evaluate, model = spec.evaluate, spec.model
-    sampling = evaluate.sampling
-    branches = 1 if sampling.guidance_scale == 1 else 2
-    # Raster order with its cache reads each token once; random order reads all of them in every step.
-    passes = 1 if model.order == "raster" else sampling.num_inference_steps
-    head = per_image["head"]
-    if model.head is not None:
-        most = sampling.num_denoising_steps
-        head *= (most + (sampling.final_denoising_steps or most)) / 2 / model.head.noise_repeats
+    evaluate = spec.evaluate
     drawn = evaluate.fd_images + evaluate.geneval_images_per_prompt * _PROMPTS
-    body = per_image["total"] - per_image["head"]
-    return branches * drawn * (passes * body + head) + evaluate.val_images * per_image["total"]
+    return drawn * flops.sampling_flops(spec.model, evaluate.sampling) + evaluate.val_images * per_image["total"]
 
 
 def memory(spec: RunSpec, profile: Profile) -> Memory:
