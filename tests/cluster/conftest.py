@@ -121,7 +121,7 @@ class Reference:
     log: Path
 
     def wait(self) -> None:
-        self.process.wait(600)
+        self.process.wait(1800)
         assert self.table.exists(), self.log.read_text()
 
 
