@@ -239,7 +239,8 @@ def from_dict(cls: type[T], content: dict[str, Any], where: str) -> T:
         if nested is not None and value is not None:
             value = from_dict(nested, value, f"{where}: {key}")
         values[key] = _coerce(value, str(known[key].type), f"{where}: {key}")
-    missing = [n for n, f in known.items() if n not in values and f.default is dataclasses.MISSING]
+    unset = dataclasses.MISSING
+    missing = [n for n, f in known.items() if n not in values and f.default is unset and f.default_factory is unset]
     if missing:
         raise InvalidInput(f"{where}: missing {', '.join(missing)}")
     return cls(**values)
