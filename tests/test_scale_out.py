@@ -52,9 +52,10 @@ def test_five_steps_are_the_same_in_one_process_and_in_two_ddp_or_fsdp(tmp_path,
         records = together(2, train, spec, folder, placement)
         assert records[0]["status"] == straight["status"] == "done" and records[1] is None
         assert loss_of(folder) == pytest.approx(loss_of(tmp_path / "one" / spec.id), rel=1e-5)
-        # Adam takes steps of the learning rate where the gradient is rounding alone: a key's bias has none.
+        # Adam takes steps of the learning rate where the gradient is rounding alone (a key's bias has none), so that
+        # what rounding may move is a share of the rate.
         for name, tensor in weights(tmp_path / "one" / spec.id).items():
-            assert torch.allclose(weights(folder)[name], tensor, atol=1e-5), name
+            assert torch.allclose(weights(folder)[name], tensor, atol=1e-3 * spec.train.lr), name
 
 
 def test_sharded_bfloat16_is_one_process_in_bfloat16_to_its_tolerance(tmp_path, tiny_spec):
