@@ -13,8 +13,9 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 _HEAD = """# Faults, and what each leaves behind
 
-Every row is written by a test that put a real sweep through the fault and compared its weights, losses and table with
-an undisturbed one, bit for bit. Made by:
+Every row is what a test noted at its end, after it had put real runs through the fault. Those of the sweep on SLURM
+happened to one sweep of twelve runs, whose weights, losses and table must equal an undisturbed one's, bit for
+bit. Made by:
 
     FAULTS=faults.jsonl make test-cluster && python tests/faults.py faults.jsonl > FAULTS.md
 

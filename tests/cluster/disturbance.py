@@ -190,7 +190,7 @@ class Disturbance:
         self._runs(task)
         self._preempt(task)
         self.outcomes["preempted before the first checkpoint"] = (
-            "the notice comes before anybody can hear it; SLURM requeues the task when its grace is over",
+            "a notice before Python can hear it is ignored; SLURM requeues the task when its grace is over",
             "those of the run since its start",
             "the run, from step 0, in its next life",
         )
@@ -241,11 +241,10 @@ class Disturbance:
         self.server.kill()
         time.sleep(OUTAGE_SECONDS)
         self.server.start()
-        for name, then in (
-            ("MLflow hangs (SIGSTOP)", "only the mirror's process waits for it"),
-            (f"MLflow gone for {OUTAGE_SECONDS:.0f} s", "the mirror says so and tries again; no run notices"),
-        ):
-            self.outcomes[name] = (then, "0", "nothing: the sweep's last job, or any sync, brings it level")
+        level = "nothing: the sweep's last job, or any sync, brings it level"
+        self.outcomes["MLflow hangs (SIGSTOP)"] = ("only the mirror's process waits for it", "0", level)
+        said = "the mirror says so and tries again; no run notices"
+        self.outcomes[f"MLflow gone for {OUTAGE_SECONDS:.0f} s"] = (said, "0", level)
 
     def _services(self) -> None:
         """Accounting goes, the controller restarts meanwhile; status must work without sacct."""
