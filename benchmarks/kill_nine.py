@@ -11,6 +11,7 @@ undisturbed one and begins anew, until there were enough kills. Exit code 1, and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -29,6 +30,7 @@ from fluidscale.run import run
 from fluidscale.spec import RunSpec
 from fluidscale.sweep import load_sweep
 from fluidscale.train.checkpoint import NEWEST, PREVIOUS, newest_loadable
+from fluidscale.train.fit import fit as _imported  # noqa: F401  with everything that a life would import first
 
 ALWAYS = Placement(device="cpu", checkpoint_steps=1)
 STEPS = 120
@@ -72,7 +74,7 @@ def survive(kills: int, folder: Path, seed: int = 0) -> dict[str, float]:
     done = finished = in_writing = 0
     while done < kills:
         child = forked(lambda: run(spec, killed, ALWAYS))
-        time.sleep(draw.uniform(0.02, 0.7 * life))
+        _wait(killed, draw, life)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
@@ -89,6 +91,20 @@ def survive(kills: int, folder: Path, seed: int = 0) -> dict[str, float]:
         raise Fault(f"it does not go on: {RunFolder(killed).status.get('error')}")
     _compare(straight, killed)
     return {"kills": done, "in_the_middle_of_a_write": in_writing, "runs": finished + 1, "life_seconds": life}
+
+
+def _wait(run_dir: Path, draw: random.Random, life: float) -> None:
+    """Until the moment of the kill: anywhere in a life, or (three of four) soon after its first checkpoint."""
+    newest, born = RunFolder(run_dir).checkpoints / NEWEST, time.time()
+    if draw.random() < 0.25:
+        time.sleep(draw.uniform(0.02, 0.7 * life))
+        return
+    while time.time() - born < life:
+        with contextlib.suppress(FileNotFoundError):
+            if newest.stat().st_mtime > born:
+                break
+        time.sleep(0.001)
+    time.sleep(draw.uniform(0, 0.5))
 
 
 def _look(run_dir: Path) -> bool:
