@@ -223,6 +223,9 @@ features = features_of(read_samples(root / "drawn"), Counting(), root / f"cache{
 found = reference(root / "val", Counting(), 5, share)
 np.savez(root / f"rank{share.rank}.npz", features=features, real=found.features, seen=seen)
 assert share.ranks == 2
+import torch.distributed
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
