@@ -12,8 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fluidscale.evaluate import judges
-from fluidscale.evaluate.coco import (
+from fluidscale.evaluate.distances import frechet, moments
+from fluidscale.evaluate.fid import distances
+from fluidscale.evaluate.judges import scores as judge_scores
+from fluidscale.evaluate.judges.__main__ import main as judge
+from fluidscale.evaluate.judges.coco import (
     Reference,
     coco_prompts,
     load_reference,
@@ -22,11 +25,8 @@ from fluidscale.evaluate.coco import (
     save_reference,
     squared,
 )
-from fluidscale.evaluate.coco import main as coco
-from fluidscale.evaluate.distances import frechet, moments
-from fluidscale.evaluate.fid import distances
-from fluidscale.evaluate.inception import Inception, load_inception, stretched
-from fluidscale.evaluate.judges import main as judge
+from fluidscale.evaluate.judges.coco import main as coco
+from fluidscale.evaluate.judges.inception import Inception, load_inception, stretched
 from fluidscale.evaluate.share import Share
 from fluidscale.spec import InvalidInput
 
@@ -176,7 +176,7 @@ def test_fid_by_command_and_what_is_refused(weights, tmp_path, capsys, monkeypat
     ]
     assert coco(making) == 0
     # Few images are enough for the way; distances of 2048 features would take minutes.
-    monkeypatch.setattr(judges, "distances", few_features)
+    monkeypatch.setattr(judge_scores, "distances", few_features)
     judging = [str(folder), "--inception", str(weights), "--reference", str(kept), "--device", "cpu", "--count"]
     assert judge([*judging, "8", "--json"]) == 0
     scores = {one["metric"]: one for one in json.loads(capsys.readouterr().out.split("\n", 1)[1])}
@@ -209,7 +209,7 @@ SHARED = """
 import sys, numpy as np
 from pathlib import Path
 from test_coco import Means
-from fluidscale.evaluate.coco import reference
+from fluidscale.evaluate.judges.coco import reference
 from fluidscale.evaluate.extract import features_of
 from fluidscale.evaluate.samples import read_samples
 from fluidscale.evaluate.share import share_of_environment

@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 from tiny_judges import clip, mask2former
 
-from fluidscale.evaluate import mask2former as mask2former_module
-from fluidscale.evaluate import official
-from fluidscale.evaluate.judges import main as judge
-from fluidscale.evaluate.official import check_official, official_geneval
-from fluidscale.evaluate.pretrained import weights_sha256
+from fluidscale.evaluate.judges import mask2former as mask2former_module
+from fluidscale.evaluate.judges import official
+from fluidscale.evaluate.judges.__main__ import main as judge
+from fluidscale.evaluate.judges.official import check_official, official_geneval
+from fluidscale.evaluate.judges.pretrained import weights_sha256
+from fluidscale.evaluate.judges.selftest import GOLDEN
 from fluidscale.evaluate.protocol import Detection
 from fluidscale.evaluate.samples import read_samples
-from fluidscale.evaluate.selftest import GOLDEN
 from fluidscale.spec import InvalidInput
 from fluidscale.world.captions import TAGS
 from fluidscale.world.classes import CLASSES, COLORS

@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluidscale.evaluate.protocol import Detection
-from fluidscale.spec import InvalidInput
-from fluidscale.tokens.image import CHUNK, load_weights, to_pixels
+from fluidscale.tokens.image import CHUNK, load_carded, to_pixels
 from fluidscale.tokens.networks import ResidualBlock
-from fluidscale.tokens.shipped import verified
 
 # Pixels per heatmap cell.
 STRIDE = 2
@@ -187,9 +185,9 @@ def load_detector(name_or_path: str, device: torch.device | str = "cpu") -> Icon
 
     Raises InvalidInput when it is missing, damaged or no detector.
     """
-    data, card = verified(name_or_path)
-    if card.get("kind") != "detector":
-        raise InvalidInput(f"{name_or_path}: its card says {card.get('kind')!r}, which is not a detector")
-    network = DetectorNetwork(**card["network"], num_classes=len(card["classes"]), num_colors=len(card["colors"]))
-    load_weights(network, data)
+    network, card = load_carded(name_or_path, "detector", ("detector",), _of_card)
     return IconDetector(network, card, device)
+
+
+def _of_card(card: dict[str, Any]) -> DetectorNetwork:
+    return DetectorNetwork(**card["network"], num_classes=len(card["classes"]), num_colors=len(card["colors"]))

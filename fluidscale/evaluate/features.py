@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluidscale.spec import InvalidInput
-from fluidscale.tokens.image import CHUNK, load_weights, to_pixels
+from fluidscale.tokens.image import CHUNK, load_carded, to_pixels
 from fluidscale.tokens.networks import ResidualBlock
-from fluidscale.tokens.shipped import verified
 
 
 class FeatureNetwork(nn.Module):
@@ -99,9 +97,9 @@ class IconFeatures:
 
 def load_features(name_or_path: str, device: torch.device | str = "cpu") -> IconFeatures:
     """A shipped feature network by name, or a user's by path, hash-checked. Raises InvalidInput as the others do."""
-    data, card = verified(name_or_path)
-    if card.get("kind") != "features":
-        raise InvalidInput(f"{name_or_path}: its card says {card.get('kind')!r}, which is not a feature network")
-    network = FeatureNetwork(**card["network"], num_classes=len(card["classes"]), num_colors=len(card["colors"]))
-    load_weights(network, data)
+    network, card = load_carded(name_or_path, "feature network", ("features",), _of_card)
     return IconFeatures(network, card, device)
+
+
+def _of_card(card: dict[str, Any]) -> FeatureNetwork:
+    return FeatureNetwork(**card["network"], num_classes=len(card["classes"]), num_colors=len(card["colors"]))

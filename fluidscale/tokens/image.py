@@ -6,8 +6,9 @@ them. Inside, pixels are scaled to [-1, 1] (0 -> -1, 255 -> 1); decoded pixels a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from fluidscale.tokens.shipped import verified
 REFERENCES = ("fd_floor", "fd_real_floor", "geneval_ceiling", "geneval_floor", "geneval_real")
 # Images, and pixels, per pass through a network: they bound the memory of a call, whatever its size.
 CHUNK, CHUNK_PIXELS = 256, 2**20
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @runtime_checkable
@@ -147,12 +150,23 @@ def load_tokenizer(name_or_path: str, device: torch.device | str = "cpu") -> KLT
         from fluidscale.tokens.foreign import load_network
 
         return as_tokenizer(*load_network(Path(name_or_path)), device)
-    data, card = verified(name_or_path)
-    if card.get("kind") not in ("continuous", "discrete"):
-        raise InvalidInput(f"{name_or_path}: its card says {card.get('kind')!r}, which is not a tokenizer")
-    network = build_network(card)
-    load_weights(network, data)
+    network, card = load_carded(name_or_path, "tokenizer", ("continuous", "discrete"), build_network)
     return as_tokenizer(network, card, device)
+
+
+def load_carded(
+    name_or_path: str, what: str, kinds: tuple[str, ...], build: Callable[[dict[str, Any]], Network]
+) -> tuple[Network, dict[str, Any]]:
+    """What `build` makes of a card, with the weights beside it, and the card; both hash-checked.
+
+    Raises InvalidInput when there is none of this name or path, when it is damaged or its card is of no such kind.
+    """
+    data, card = verified(name_or_path)
+    if card.get("kind") not in kinds:
+        raise InvalidInput(f"{name_or_path}: its card says {card.get('kind')!r}, which is not a {what}")
+    network = build(card)
+    load_weights(network, data)
+    return network, card
 
 
 def as_tokenizer(

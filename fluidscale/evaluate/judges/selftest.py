@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fluidscale.evaluate.clip import Clip
-from fluidscale.evaluate.mask2former import Mask2FormerDetector
+from fluidscale.evaluate.judges.clip import Clip
+from fluidscale.evaluate.judges.mask2former import Mask2FormerDetector
 from fluidscale.record import read_json, write_json
 from fluidscale.spec import InvalidInput
 from fluidscale.world.classes import COLORS

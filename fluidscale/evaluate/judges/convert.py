@@ -1,6 +1,6 @@
 """mmdet's Mask2Former checkpoint, GenEval's own detector, as a local folder that transformers loads.
 
-    python -m fluidscale.evaluate.convert mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth DETECTOR_DIR
+    python -m fluidscale.evaluate.judges.convert mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.pth DETECTOR_DIR
 
 Every tensor goes to exactly one place or the conversion is refused. Two things are more than names: mmdet's Swin holds
 q, k and v in one matrix, and merges patches channel by channel where the original does it position by position.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluidscale.evaluate.pretrained import load_pretrained
+from fluidscale.evaluate.judges.pretrained import load_pretrained
 from fluidscale.spec import InvalidInput
 from fluidscale.world.classes import CLASSES
 
@@ -174,7 +174,7 @@ def convert(checkpoint: Path, folder: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m fluidscale.evaluate.convert",
+        prog="python -m fluidscale.evaluate.judges.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

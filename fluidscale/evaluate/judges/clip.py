@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fluidscale.evaluate.pretrained import load_pretrained, pixels_of
+from fluidscale.evaluate.judges.pretrained import load_pretrained, pixels_of
 from fluidscale.evaluate.protocol import Detection
 from fluidscale.spec import InvalidInput
 from fluidscale.world.classes import COLORS

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluidscale.evaluate.pretrained import file_sha256
+from fluidscale.evaluate.judges.pretrained import file_sha256
 from fluidscale.spec import InvalidInput
 
 SIDE, WIDTH, LABELS = 299, 2048, 1008

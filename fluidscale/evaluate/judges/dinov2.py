@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fluidscale.evaluate.pretrained import load_pretrained, pixels_of
+from fluidscale.evaluate.judges.pretrained import load_pretrained, pixels_of
 
 # ImageNet's, as DINOv2 was trained with.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -1,7 +1,7 @@
 """COCO-30K: the captions that images are drawn for, and the statistics of the real images they are compared with.
 
-    python -m fluidscale.evaluate.coco prompts annotations/captions_val2014.json --out coco30k.jsonl
-    python -m fluidscale.evaluate.coco reference val2014/ --inception FILE --out val2014-inception.npz
+    python -m fluidscale.evaluate.judges.coco prompts annotations/captions_val2014.json --out coco30k.jsonl
+    python -m fluidscale.evaluate.judges.coco reference val2014/ --inception FILE --out val2014-inception.npz
 
 The protocol: one caption each of 30,000 distinct images of val2014, drawn with seed 0; the reference is all 40,504
 validation images, their middle square, Lanczos to 256 px, 8 bits, never through JPEG again. Other lists, references or
@@ -140,7 +140,7 @@ def _read(path: Path, content: bytes) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m fluidscale.evaluate.coco",
+        prog="python -m fluidscale.evaluate.judges.coco",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -174,8 +174,8 @@ def _prompts(arguments: argparse.Namespace) -> str:
 
 
 def _reference(arguments: argparse.Namespace) -> str:
-    from fluidscale.evaluate.dinov2 import load_dinov2
-    from fluidscale.evaluate.inception import load_inception
+    from fluidscale.evaluate.judges.dinov2 import load_dinov2
+    from fluidscale.evaluate.judges.inception import load_inception
 
     load, where = (load_inception, arguments.inception) if arguments.inception else (load_dinov2, arguments.dinov2)
     network = load(where, arguments.device)

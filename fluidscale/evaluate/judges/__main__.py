@@ -17,23 +17,19 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
-from fluidscale.evaluate.clip import ColorClassifier, clip_scores, load_clip
-from fluidscale.evaluate.coco import PROMPTS, load_reference, prompts_sha256
-from fluidscale.evaluate.dinov2 import load_dinov2
-from fluidscale.evaluate.distances import moments
-from fluidscale.evaluate.extract import BATCH, Extractor, features_of
-from fluidscale.evaluate.fid import distances, with_error
-from fluidscale.evaluate.inception import load_inception
-from fluidscale.evaluate.mask2former import load_mask2former
-from fluidscale.evaluate.official import check_official, official_geneval
-from fluidscale.evaluate.protocol import Metric, Progress, Score, protocol_id
-from fluidscale.evaluate.samples import DRAWING, Samples, read_samples
-from fluidscale.evaluate.selftest import check_golden, clip_golden, detector_golden
+from fluidscale.evaluate.judges.clip import ColorClassifier, load_clip
+from fluidscale.evaluate.judges.coco import PROMPTS, load_reference
+from fluidscale.evaluate.judges.dinov2 import load_dinov2
+from fluidscale.evaluate.judges.inception import load_inception
+from fluidscale.evaluate.judges.mask2former import load_mask2former
+from fluidscale.evaluate.judges.official import check_official, official_geneval
+from fluidscale.evaluate.judges.scores import as_entry, clip_score, coco_distances
+from fluidscale.evaluate.judges.selftest import check_golden, clip_golden, detector_golden
+from fluidscale.evaluate.protocol import Progress, Score
+from fluidscale.evaluate.samples import read_samples
 from fluidscale.evaluate.share import Share, share_of_environment
 from fluidscale.evaluate.shown import shown
 from fluidscale.record import read_json, write_json
@@ -66,66 +62,11 @@ def judged(arguments: argparse.Namespace, share: Share, progress: Progress) -> I
         yield from official_geneval(samples, detector, ColorClassifier(clip), clip.sha256, share, progress)
     elif clip:
         yield clip_score(samples, clip, share, progress)
-    if arguments.inception:
-        yield from coco_distances(
-            samples, load_inception(arguments.inception, arguments.device), arguments, share, progress
-        )
-    if arguments.dinov2:
-        yield from coco_distances(samples, load_dinov2(arguments.dinov2, arguments.device), arguments, share, progress)
-
-
-def coco_distances(
-    samples: Samples, network: Extractor, arguments: argparse.Namespace, share: Share, progress: Progress
-) -> Iterator[Score]:
-    """`fid_inf`, kid, precision, recall and `fid` with Inception; `fd_inf` and `fd` with another network."""
-    reference = load_reference(arguments.reference, network)
-    if (n := len(samples.rows)) != arguments.count:
-        raise InvalidInput(f"{samples.folder}: {n} prompts, the protocol has {arguments.count}; FID depends on n")
-    if (shape := next(samples.batches(1)).shape[1:3]) != (side := reference.facts["side"],) * 2:
-        raise InvalidInput(
-            f"{samples.folder}: images of {shape[1]} x {shape[0]} px, the reference's are {side} x {side}"
-        )
-    drawing = read_json(samples.folder / DRAWING) or {}
-    guidance = drawing.get("sampling", {}).get("guidance_scale")
-    facts = {
-        "reference": reference.facts,
-        "prompts_sha256": prompts_sha256(samples.rows),
-        "sampling": drawing.get("sampling"),
-    }
-    protocol = protocol_id(f"coco{n // 1000}k-{network.name}-g{guidance}", **facts)
-    facts |= {"images_sha256": samples.sha256}
-    drawn = features_of(samples, network, samples.folder, share, progress)
-    if network.name == "inception":
-        yield from distances("fid", drawn, reference.features, network.name, protocol, facts)
-        return
-    for name, unbiased in (("fd_inf", True), ("fd", False)):
-        value, se = with_error(drawn, moments(reference.features), unbiased)
-        yield Score(Metric(name, f"FD-{network.name}", False), value, se, n, protocol, facts)
-
-
-def clip_score(samples: Samples, clip: Any, share: Share, progress: Progress) -> Score:
-    """`clip_score`: the mean over images of max(100 cos(image, prompt), 0)."""
-    mine, parts, done = samples.part(share.rank, share.ranks), [], 0
-    for images in mine.batches(BATCH):
-        texts = [row["prompt"] for row in mine.rows[done : done + len(images)]]
-        parts.append(clip_scores(clip, images, texts))
-        done += len(images)
-        progress("CLIPScore", min(done * share.ranks, len(samples.rows)), len(samples.rows))
-    scores = share.gathered(np.concatenate([np.zeros(0), *parts]))
-    facts = {"clip_sha256": clip.sha256, "prompts_sha256": prompts_sha256(samples.rows)}
-    n = len(scores)
-    se = float(scores.std(ddof=1)) / n**0.5 if n > 1 else float("nan")
-    extra = facts | {"images_sha256": samples.sha256}
-    metric = Metric("clip_score", "100 cos", True)
-    return Score(metric, float(scores.mean()), se, n, protocol_id(f"clip-score-n{n}", **facts), extra)
-
-
-def as_entry(score: Score, samples: Samples) -> dict[str, Any]:
-    """A score as one entry of scores.json, the form in which any outside judge may hand its numbers back."""
-    metric = score.metric
-    entry = {"metric": metric.name, "unit": metric.unit, "higher_is_better": metric.higher_is_better}
-    entry |= {key: getattr(score, key) for key in ("value", "se", "n", "protocol", "extra")}
-    return entry | {"images_sha256": samples.sha256}
+    for load, where in ((load_inception, arguments.inception), (load_dinov2, arguments.dinov2)):
+        if where:
+            network = load(where, arguments.device)
+            reference = load_reference(arguments.reference, network)
+            yield from coco_distances(samples, network, reference, arguments.count, share, progress)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,11 +76,13 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="images and prompts.jsonl, or GenEval's layout")
-    parser.add_argument("--detector", type=Path, metavar="DIR", help="Mask2Former, see fluidscale.evaluate.convert")
+    parser.add_argument(
+        "--detector", type=Path, metavar="DIR", help="Mask2Former; the module `judges.convert` makes it"
+    )
     parser.add_argument("--clip", type=Path, metavar="DIR", help="CLIP ViT-L/14; without --detector: CLIPScore")
     parser.add_argument("--inception", type=Path, metavar="FILE", help="torch-fidelity's weights file: FID")
     parser.add_argument("--dinov2", type=Path, metavar="DIR", help="DINOv2: FD-DINOv2")
-    parser.add_argument("--reference", type=Path, metavar="NPZ", help="what `fluidscale.evaluate.coco reference` wrote")
+    parser.add_argument("--reference", type=Path, metavar="NPZ", help="what the module `judges.coco` wrote")
     parser.add_argument("--count", type=int, default=PROMPTS, help="images of the FID protocol (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")

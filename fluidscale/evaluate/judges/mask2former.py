@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluidscale.evaluate.pretrained import load_pretrained
+from fluidscale.evaluate.judges.pretrained import load_pretrained
 from fluidscale.evaluate.protocol import Detection
 from fluidscale.spec import InvalidInput
 from fluidscale.world.classes import CLASSES, COLORS

@@ -1,0 +1,75 @@
+"""What published networks say of a folder of images: distances to a reference, CLIPScore, GenEval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from fluidscale.evaluate.distances import moments
+from fluidscale.evaluate.extract import BATCH, Extractor, features_of
+from fluidscale.evaluate.fid import distances, with_error
+from fluidscale.evaluate.judges.clip import clip_scores
+from fluidscale.evaluate.judges.coco import Reference, prompts_sha256
+from fluidscale.evaluate.protocol import Metric, Progress, Score, protocol_id
+from fluidscale.evaluate.samples import DRAWING, Samples
+from fluidscale.evaluate.share import Share
+from fluidscale.record import read_json
+from fluidscale.spec import InvalidInput
+
+
+def coco_distances(
+    samples: Samples, network: Extractor, reference: Reference, count: int, share: Share, progress: Progress
+) -> Iterator[Score]:
+    """`fid_inf`, kid, precision, recall and `fid` with Inception; `fd_inf` and `fd` with another network.
+
+    Raises InvalidInput unless there are `count` images of the reference's size.
+    """
+    if (n := len(samples.rows)) != count:
+        raise InvalidInput(f"{samples.folder}: {n} prompts, the protocol has {count}; FID depends on n")
+    if (shape := next(samples.batches(1)).shape[1:3]) != (side := reference.facts["side"],) * 2:
+        raise InvalidInput(
+            f"{samples.folder}: images of {shape[1]} x {shape[0]} px, the reference's are {side} x {side}"
+        )
+    drawing = read_json(samples.folder / DRAWING) or {}
+    guidance = drawing.get("sampling", {}).get("guidance_scale")
+    facts = {
+        "reference": reference.facts,
+        "prompts_sha256": prompts_sha256(samples.rows),
+        "sampling": drawing.get("sampling"),
+    }
+    protocol = protocol_id(f"coco{n // 1000}k-{network.name}-g{guidance}", **facts)
+    facts |= {"images_sha256": samples.sha256}
+    drawn = features_of(samples, network, samples.folder, share, progress)
+    if network.name == "inception":
+        yield from distances("fid", drawn, reference.features, network.name, protocol, facts)
+        return
+    for name, unbiased in (("fd_inf", True), ("fd", False)):
+        value, se = with_error(drawn, moments(reference.features), unbiased)
+        yield Score(Metric(name, f"FD-{network.name}", False), value, se, n, protocol, facts)
+
+
+def clip_score(samples: Samples, clip: Any, share: Share, progress: Progress) -> Score:
+    """`clip_score`: the mean over images of max(100 cos(image, prompt), 0)."""
+    mine, parts, done = samples.part(share.rank, share.ranks), [], 0
+    for images in mine.batches(BATCH):
+        texts = [row["prompt"] for row in mine.rows[done : done + len(images)]]
+        parts.append(clip_scores(clip, images, texts))
+        done += len(images)
+        progress("CLIPScore", min(done * share.ranks, len(samples.rows)), len(samples.rows))
+    scores = share.gathered(np.concatenate([np.zeros(0), *parts]))
+    facts = {"clip_sha256": clip.sha256, "prompts_sha256": prompts_sha256(samples.rows)}
+    n = len(scores)
+    se = float(scores.std(ddof=1)) / n**0.5 if n > 1 else float("nan")
+    extra = facts | {"images_sha256": samples.sha256}
+    metric = Metric("clip_score", "100 cos", True)
+    return Score(metric, float(scores.mean()), se, n, protocol_id(f"clip-score-n{n}", **facts), extra)
+
+
+def as_entry(score: Score, samples: Samples) -> dict[str, Any]:
+    """A score as one entry of scores.json, the form in which any outside judge may hand its numbers back."""
+    metric = score.metric
+    entry = {"metric": metric.name, "unit": metric.unit, "higher_is_better": metric.higher_is_better}
+    entry |= {key: getattr(score, key) for key in ("value", "se", "n", "protocol", "extra")}
+    return entry | {"images_sha256": samples.sha256}
