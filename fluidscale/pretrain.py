@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from fluidscale.evaluate.detect import DetectorNetwork, IconDetector, Target, load_detector
 from fluidscale.evaluate.features import FeatureNetwork, load_features
+from fluidscale.evaluate.flaws import Pictures, judged_views
 from fluidscale.evaluate.references import references
 from fluidscale.spec import InvalidInput, digest
 from fluidscale.sweep import load_world
@@ -38,8 +38,6 @@ from fluidscale.world import Scene, World
 SPLIT = "all"
 # Numbers of the held-out scenes that quality is measured on; seeds start their training scenes SEED_STRIDE apart.
 HELD_OUT_START, HELD_OUT_COUNT, SEED_STRIDE = 10**12, 2048, 10**9
-# Detectors learn from this share of pictures as rendered, this share roughened, and the rest through a tokenizer.
-AS_RENDERED, ROUGHENED = 0.35, 0.35
 # What counts as found in counting tasks, and as a ghost anywhere (GenEval's two thresholds).
 SURE, GHOST = 0.9, 0.3
 
@@ -67,9 +65,9 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "vae": Recipe("continuous", {"widths": [32, 64, 128], "kl_weight": 1e-3}, 6000, 16, 5e-3, channels=8),
     "vq": Recipe("discrete", {"widths": [32, 64, 128], "code_width": 16, "warmup": 1500}, 6000, 16, 5e-3, codes=1024),
-    "detector": Recipe("detector", {"shape": "pyramid", "widths": [24, 48, 64]}, 2500, 32, 3e-3),
+    "detector": Recipe("detector", {"shape": "pyramid", "widths": [24, 48, 64]}, 2000, 32, 3e-3),
     # Another architecture, other scenes, other initial weights: it shares only the task with the first.
-    "detector2": Recipe("detector", {"shape": "tower", "widths": [32]}, 2500, 32, 3e-3, seed=1),
+    "detector2": Recipe("detector", {"shape": "tower", "widths": [32]}, 2000, 32, 3e-3, seed=1),
     "features": Recipe("features", {"widths": [24, 48, 128], "features": 64, "max_count": 4}, 4000, 32, 3e-3),
 }
 
@@ -108,6 +106,14 @@ def targets(world: World, scenes: Sequence[Scene]) -> list[list[Target]]:
     return [[Target(classes[icon.cls], colors[icon.color], *icon.box) for icon in scene.objects] for scene in scenes]
 
 
+def seconds(world: World, scenes: Sequence[Scene], start: int) -> Pictures:
+    """What each scene may be mingled with: every other one with its own content placed anew, the rest with the next."""
+    rng = np.random.default_rng(start)
+    others = [*scenes[1:], scenes[0]]
+    others[::2] = [world.scene_for(scene.metadata, rng) for scene in scenes[::2]]
+    return Pictures(np.stack([world.render(scene) for scene in others]), targets(world, others))
+
+
 def pairs(world: World, scenes: Sequence[Scene]) -> Tensor:
     """Objects of each class and colour, int64 (B, K, C + 1); the last colour is untinted."""
     counts = torch.zeros(len(scenes), len(world.spec.classes), len(world.spec.colors) + 1, dtype=torch.long)
@@ -115,30 +121,6 @@ def pairs(world: World, scenes: Sequence[Scene]) -> Tensor:
         for target in objects:
             row[target.cls, target.color] += 1
     return counts
-
-
-def roughen(pixels: Tensor) -> Tensor:
-    """Blur, brightness, tint and noise of random small strength per picture: what a generator's flaws look like."""
-    per_image = (len(pixels), 1, 1, 1)
-    blurred = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    pixels = pixels.lerp(blurred, torch.rand(per_image))
-    pixels = pixels * (1 + 0.1 * torch.randn(per_image)) + 0.05 * torch.randn(len(pixels), 3, 1, 1)
-    return (pixels + 0.15 * torch.rand(per_image) * torch.randn_like(pixels)).clamp(-1, 1)
-
-
-def judged_views(images: np.ndarray, tokenizers: Sequence[Any]) -> Tensor:
-    """Pictures as a detector will meet them: as rendered, roughened, or through the world's tokenizers."""
-    pixels = to_pixels(images)
-    kind = torch.rand(len(images))
-    rough = (kind >= AS_RENDERED) & (kind < AS_RENDERED + ROUGHENED)
-    if rough.any():
-        pixels[rough] = roughen(pixels[rough])
-    if tokenizers:
-        through = (kind >= AS_RENDERED + ROUGHENED).nonzero()[:, 0]
-        for part, tokenizer in zip(through.tensor_split(len(tokenizers)), tokenizers, strict=True):
-            if len(part):
-                pixels[part] = to_pixels(reconstruct(tokenizer, images[part.numpy()]))
-    return pixels
 
 
 def certainty(detector: IconDetector, images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
@@ -208,7 +190,9 @@ class Workshop:
         def of(network: Any, start: int) -> Tensor:
             images, scenes = batch(self.world, start, recipe.batch)
             if recipe.kind == "detector":
-                return network.loss(judged_views(images, tokenizers), targets(self.world, scenes))
+                own = Pictures(images, targets(self.world, scenes))
+                views = judged_views(own, seconds(self.world, scenes, start), tokenizers)
+                return network.loss(views.pixels, views.objects)
             if recipe.kind == "features":
                 return network.loss(to_pixels(images), pairs(self.world, scenes))
             return network.loss(to_pixels(images))
