@@ -37,7 +37,8 @@ def read_inputs(content: dict[str, Any], where: str) -> Inputs:
     - `data.world`: an embedded world; the tokenizer is a shipped one, or the path of its .safetensors.
     - `data.shards`: a folder of `fluidscale.encode`, whose manifest names tokenizer and text encoder; the sections
       `tokenizer` and `text_encoder` say in which folders these are.
-    - neither: planned only, with a tokenizer of {kind, grid, channels, vocab_size}.
+    - neither, or a tokenizer of {kind, grid, channels, vocab_size}: planned only. With a `name` in it too, the network
+      of that name takes its place once it is trained.
 
     Raises InvalidInput where a file is missing or is no such thing.
     """
@@ -46,16 +47,28 @@ def read_inputs(content: dict[str, Any], where: str) -> Inputs:
     if "shards" in data:
         return _encoded(data, tokenizer, encoder, where)
     if isinstance(tokenizer, dict):
-        for key in tokenizer:
-            if key not in _TOKENIZER:
-                raise InvalidInput(unknown_key(key, _TOKENIZER, f"{where}: tokenizer"))
-        if missing := [key for key in _TOKENIZER if key not in tokenizer]:
-            raise InvalidInput(f"{where}: tokenizer: missing {', '.join(missing)}")
-        return Inputs({**tokenizer, "sha256": ""}, data, text_encoder=encoder)
+        return Inputs(_planned(dict(tokenizer), where), data, text_encoder=encoder)
     card = read_card(str(tokenizer), where)
     path = Path(str(tokenizer))
     assets = {card["sha256"]: str(path.absolute())} if path.suffix == ".safetensors" else {}
     return Inputs(card, data, text_encoder=encoder, assets=assets)
+
+
+def _planned(tokenizer: dict[str, Any], where: str) -> dict[str, Any]:
+    """The card of a tokenizer that need not be there yet: the trained network's if it is, else what is asked of it."""
+    name = tokenizer.pop("name", None)
+    for key in tokenizer:
+        if key not in _TOKENIZER:
+            raise InvalidInput(unknown_key(key, (*_TOKENIZER, "name"), f"{where}: tokenizer"))
+    if missing := [key for key in _TOKENIZER if key not in tokenizer]:
+        raise InvalidInput(f"{where}: tokenizer: missing {', '.join(missing)}")
+    if name is None or not (CARDS / f"{name}.json").exists():
+        return {**tokenizer, "sha256": ""}
+    card = read_card(str(name), where)
+    for key in _TOKENIZER:
+        if card[key] != tokenizer[key]:
+            raise InvalidInput(f"{where}: tokenizer: {name} has {key} {card[key]}, the sweep asks for {tokenizer[key]}")
+    return card
 
 
 def _encoded(data: dict[str, Any], tokenizer: Any, encoder: str, where: str) -> Inputs:

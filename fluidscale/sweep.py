@@ -52,12 +52,17 @@ class Sweep:
     assets: dict[str, str] = field(default_factory=dict)
 
     def require_data(self) -> None:
-        """Raises InvalidInput when a run is planned only: its images are not encoded yet."""
+        """Raises InvalidInput when a run is planned only: its images are not encoded, or its tokenizer not trained."""
         for run in self.runs:
             if run.data.world is None and run.data.manifest_sha256 is None:
                 raise InvalidInput(
                     f"{self.name}: {run.data.name} is planned only; encode it (python -m fluidscale.encode --help), "
                     "then name in the sweep data.shards, tokenizer and text_encoder"
+                )
+            if run.data.world is not None and not run.tokenizer_sha256:
+                raise InvalidInput(
+                    f"{self.name}: the tokenizer of {run.arm} is planned only; train this world's networks first: "
+                    f"python -m fluidscale.pretrain vae --world {run.data.name}; then vq, detector, detector2, features"
                 )
 
 
