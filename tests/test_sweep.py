@@ -50,18 +50,18 @@ def test_every_shipped_sweep_resolves():
 
 def test_a_tokenizer_that_is_named_and_trained_takes_the_place_of_what_was_planned(tmp_path, monkeypatch):
     """sweeps/icons.yaml plans with nothing trained, cannot start so, and takes the networks once they are there."""
-    sweep = load_sweep("icons", sizes=["600K"])
+    sweep = load_sweep("icons", sizes=["500K"])
     assert all(run.tokenizer_sha256 == "" and run.model.num_tokens == 64 for run in sweep.runs)
     with pytest.raises(InvalidInput, match=r"fluidscale.pretrain vae --world icons64"):
         sweep.require_data()
     cards = {"kind": "continuous", "grid": 8, "channels": 8, "vocab_size": 0, "sha256": "a" * 64}
     monkeypatch.setattr(inputs, "CARDS", tmp_path)
     (tmp_path / "icons64-vae.json").write_text(json.dumps(cards))
-    run, *_ = load_sweep("icons", sizes=["600K"], arms=["continuous-random"]).runs
+    run, *_ = load_sweep("icons", sizes=["500K"], arms=["continuous-random"]).runs
     assert run.tokenizer_sha256 == "a" * 64 and run.data.images_unique >= 3_000_000
     (tmp_path / "icons64-vae.json").write_text(json.dumps({**cards, "channels": 16}))
     with pytest.raises(InvalidInput, match="icons64-vae has channels 16, the sweep asks for 8"):
-        load_sweep("icons", sizes=["600K"], arms=["continuous-random"])
+        load_sweep("icons", sizes=["500K"], arms=["continuous-random"])
 
 
 def test_each_size_may_have_seeds_of_its_own(tmp_path):
