@@ -59,7 +59,7 @@ def mean_counted(spec: ModelSpec) -> float:
     if spec.mask_law == "uniform":
         return (tokens + 1) / 2
     # E[ceil(L r)] = sum over k < L of P(r > k / L); at least one token is always masked.
-    above = {"cosine": _above_cosine, "mar": _above_mar}[spec.mask_law]
+    above = {"cosine": _above_cosine, "mar": _above_mar, "mar_sample": _above_mar}[spec.mask_law]
     return 1 + sum(above(k / tokens) for k in range(1, tokens))
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 TOKEN_KINDS = ("continuous", "discrete")
 ORDERS = ("random", "raster")
+MASK_LAWS = ("cosine", "uniform", "mar", "mar_sample")  # of random order: model/order.py
 ARMS = tuple(f"{kind}-{order}" for kind in TOKEN_KINDS for order in ORDERS)
 
 # Fields added after the first release: absent from the canonical form while they hold their default.
@@ -59,7 +60,7 @@ class ModelSpec:
     aligner_depth: int
     mlp_ratio: int = 4
     position: str = "input"  # input | every_layer (learned, added to q and k, with 2-D rotary)
-    mask_law: str = "none"  # raster: none; random: cosine | uniform | mar
+    mask_law: str = "none"  # raster: none; random: one of MASK_LAWS
     head: DiffusionSpec | None = None  # None: softmax
 
     @property
@@ -280,6 +281,7 @@ def run_spec_from_json(text: str, where: str) -> RunSpec:
 
 __all__ = [
     "ARMS",
+    "MASK_LAWS",
     "ORDERS",
     "TOKEN_KINDS",
     "DataSpec",

@@ -18,7 +18,17 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fluidscale.inputs import Inputs, read_inputs
-from fluidscale.spec import ARMS, InvalidInput, RunSpec, TrainSpec, WorldSpec, canonical, from_dict, unknown_key
+from fluidscale.spec import (
+    ARMS,
+    MASK_LAWS,
+    InvalidInput,
+    RunSpec,
+    TrainSpec,
+    WorldSpec,
+    canonical,
+    from_dict,
+    unknown_key,
+)
 
 SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
 _KEYS = (
@@ -302,8 +312,9 @@ def check(spec: RunSpec, where: str) -> None:
             f"2-D rotary positions need a head dimension divisible by 4, got {head_dim}; change num_heads",
         ),
         (
-            model.mask_law not in (("none",) if model.order == "raster" else ("cosine", "uniform", "mar")),
-            f"mask_law {model.mask_law!r} is not for {model.order} order (random: cosine, uniform, mar; raster: none)",
+            model.mask_law not in (("none",) if model.order == "raster" else MASK_LAWS),
+            f"mask_law {model.mask_law!r} is not for {model.order} order "
+            f"(random: {', '.join(MASK_LAWS)}; raster: none)",
         ),
         (
             (model.token_kind == "continuous") == (model.head is None),

@@ -70,6 +70,8 @@ def test_mask_ratios_follow_their_laws():
     ratios = mar[:, 0] / length
     assert ratios.mean() == pytest.approx(0.867, abs=0.003)
     assert 0.7 <= ratios.min() < 0.703 and 0.999 < ratios.max() <= 1
+    of_each = MASK_LAWS["mar_sample"](batch, length, rng()) / length  # the same law, a ratio for each sample
+    assert of_each.mean() == pytest.approx(0.867, abs=0.003) and len(of_each.unique()) > 100
 
 
 def test_mars_schedule_for_256_tokens_in_64_steps():

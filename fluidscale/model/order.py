@@ -167,11 +167,15 @@ def _uniform(batch: int, length: int, rng: torch.Generator) -> Tensor:
 
 
 def _mar(batch: int, length: int, rng: torch.Generator) -> Tensor:
-    # MAR: N(1, .25) truncated to [.7, 1] and ONE ratio for the whole batch; drawn through the inverse distribution.
+    # MAR draws ONE ratio for the whole batch.
+    return _mar_sample(1, length, rng).expand(batch)
+
+
+def _mar_sample(batch: int, length: int, rng: torch.Generator) -> Tensor:
+    # N(1, .25) truncated to [.7, 1], drawn through the inverse distribution.
     low, high = (0.5 * (1 + math.erf((bound - 1) / 0.25 / math.sqrt(2))) for bound in (0.7, 1.0))
-    u = torch.rand(1, generator=rng, device=rng.device)
-    ratio = 1 + 0.25 * torch.special.ndtri(low + u * (high - low))
-    return _masked(length, ratio).expand(batch)
+    u = torch.rand(batch, generator=rng, device=rng.device)
+    return _masked(length, 1 + 0.25 * torch.special.ndtri(low + u * (high - low)))
 
 
 def _masked(length: int, ratio: Tensor) -> Tensor:
@@ -179,8 +183,8 @@ def _masked(length: int, ratio: Tensor) -> Tensor:
 
 
 # cosine: MaskGIT (arXiv 2202.04200), ratio = cos(pi/2 u). uniform: every count 1..L alike, the law whose loss is the
-# likelihood of the one-token-a-step sampler. mar: arXiv 2406.11838.
-MASK_LAWS: dict[str, MaskLaw] = {"cosine": _cosine, "uniform": _uniform, "mar": _mar}
+# likelihood of the one-token-a-step sampler. mar: arXiv 2406.11838; mar_sample: the same with a ratio for each sample.
+MASK_LAWS: dict[str, MaskLaw] = {"cosine": _cosine, "uniform": _uniform, "mar": _mar, "mar_sample": _mar_sample}
 
 # A new order is one class and one entry; each is built from the spec's mask law.
 ORDERS: dict[str, Callable[[str], Order]] = {"raster": Raster, "random": Random}
