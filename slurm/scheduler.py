@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import re
 import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fluidscale.folder import RunFolder
 from fluidscale.record import read_json, write_json
 from fluidscale.spec import InvalidInput
 from slurm import claim, layout
+from slurm.job import EVALUATE, TRAIN, WHOLE, is_over
 from slurm.status import OVER, RunState, read_state
 
 # Another launch may be submitting: a thousand tasks take it some seconds.
@@ -35,6 +36,11 @@ _SBATCH_SECONDS = 30.0
 _WORKER_SECONDS = 10.0
 # The stage of a sweep's last job; the stages of its runs are those of slurm.job.
 CONCLUDE = "conclude"
+# What a task of a stage does for its trunks.
+_DOES = {WHOLE: (TRAIN, EVALUATE), TRAIN: (TRAIN,), EVALUATE: (EVALUATE,), CONCLUDE: ()}
+# SLURM's words for a job that will do nothing any more (squeue's manual, JOB STATE CODES).
+_ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+          "TIMEOUT"}  # fmt: skip
 
 
 class NoScheduler(InvalidInput):
@@ -121,34 +127,48 @@ def reconcile(states: list[RunState], runs_dir: Path) -> list[RunState]:
         tasks = live(runs_dir)
     except NoScheduler:
         return states
-    queue = {trunk_id: task for (stage, trunk_id), task in tasks.items() if stage != CONCLUDE}
-    working = {task.job_id for task in queue.values() if task.state != "PENDING"}
+    working = {task.job_id for task in tasks.values() if task.state != "PENDING"}
+    submitted_trunks = {trunk_id for _, trunk_id in last}
     # A run without a folder was never submitted, though its trunk may have been, for others.
     unsettled = [
         state
         for state in states
         if state.state not in (*OVER, "planned")
-        and state.planned.spec.trunk_id in last
+        and state.planned.spec.trunk_id in submitted_trunks
         and (state.state != "running" or (state.job and state.job not in working))
     ]
-    gone = {last[s.planned.spec.trunk_id] for s in unsettled if s.planned.spec.trunk_id not in queue}
-    ends = _ends(gone) if gone else {}
-    settled = {s.planned.spec.id: _settle(s, queue, last, ends, runs_dir) for s in unsettled}
+    awaited = {(stage, trunk_id) for (done_by, trunk_id) in tasks for stage in _DOES[done_by]}
+    # Files are read after the queue: what a task did before it left is there.
+    works = {state.planned.spec.id: _next(state, runs_dir, last) for state in unsettled}
+    gone = {last[work] for work in works.values() if work not in awaited}
+    ends: dict[str, str] = {}
+    with contextlib.suppress(NoScheduler):
+        ends = _ends(gone) if gone else {}
+    settled = {
+        state.planned.spec.id: replace(state, state="queued", error=None)
+        if (work := works[state.planned.spec.id]) in awaited
+        else _without(state, last[work], ends, runs_dir)
+        for state in unsettled
+    }
     return [settled.get(state.planned.spec.id, state) for state in states]
 
 
-def _settle(
-    state: RunState, queue: dict[str, Task], last: dict[str, str], ends: dict[str, str], runs_dir: Path
-) -> RunState:
-    trunk_id = state.planned.spec.trunk_id
-    if trunk_id in queue:
-        return replace(state, state="queued", error=None)
-    # Between the reading of its files and that of the queue a run may have come to its end.
+def _next(state: RunState, runs_dir: Path, last: Mapping[tuple[str, str], str]) -> tuple[str, str]:
+    """What a run waits for: the training of its trunk, or when it has its weights, their evaluation.
+
+    A task that only evaluates makes nothing of a run whose training was cancelled, though it may still be in the queue.
+    """
+    trained = is_over(RunFolder(runs_dir / state.planned.spec.id), TRAIN)
+    works = [(stage, state.planned.spec.trunk_id) for stage in (TRAIN, EVALUATE)]
+    return next(work for work in (reversed(works) if trained else works) if work in last)
+
+
+def _without(state: RunState, job_id: str, ends: Mapping[str, str], runs_dir: Path) -> RunState:
+    """A run whose job has left the queue, without having finished it or just when it had."""
     latest = read_state(state.planned, runs_dir)
     if latest.state in OVER:
         return latest
-    job_id = last[trunk_id]
-    end = ends.get(job_id) or ends.get(job_id.partition("_")[0]) or "is gone"
+    end = ends.get(job_id, "is gone")
     error = f"job {job_id}: {end}; the same command continues"
     return replace(state, state="stopped" if end.startswith("CANCELLED") else "lost", error=error)
 
@@ -196,26 +216,46 @@ def _announced(runs_dir: Path, sweep: str | None = None) -> dict[str, dict]:
     return {comment: file for comment, file in files.items() if sweep in (None, file["sweep"])}
 
 
-def _last_jobs(runs_dir: Path) -> dict[str, str]:
-    """The newest task of each trunk that was ever submitted."""
+def _last_jobs(runs_dir: Path) -> dict[tuple[str, str], str]:
+    """The newest task that was ever submitted for the training, and for the evaluation, of each trunk."""
     files = [file for file in _announced(runs_dir).values() if file["job"] and file["stage"] != CONCLUDE]
     last = {}
     for file in sorted(files, key=lambda file: file["at"]):
         for index, trunk_ids in enumerate(file["tasks"]):
             job_id = f"{file['job']}_{index}" if len(file["tasks"]) > 1 else file["job"]
-            last |= dict.fromkeys(trunk_ids, job_id)
+            last |= {(stage, trunk_id): job_id for stage in _DOES[file["stage"]] for trunk_id in trunk_ids}
     return last
 
 
 def _ends(job_ids: set[str]) -> dict[str, str]:
-    """How jobs ended, by accounting; tasks that never started are listed under their array. Empty without sacct."""
-    numbers = ",".join(sorted({job_id.partition("_")[0] for job_id in job_ids}))
-    ends: dict[str, str] = {}
-    with contextlib.suppress(NoScheduler):
-        for line in _ask("sacct", "-n", "-P", "-X", "-j", numbers, "-o", "JobID,State").splitlines():
-            job_id, _, state = line.partition("|")
-            ends[re.sub(r"_\[.*", "", job_id)] = state
-    return ends
+    """How jobs that have left the queue ended; unknown ones are left out.
+
+    The controller knows at once, and for some minutes (slurm.conf, MinJobAge). Accounting is told seconds later, and
+    says until then that a job waits or runs: it is asked only for what the controller has forgotten.
+    """
+    known = _listed("squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T")
+    ends = _ended(known)
+    forgotten = {job_id: job_id.partition("_")[0] for job_id in job_ids - ends.keys()}
+    if not forgotten:
+        return ends
+    numbers = ",".join(sorted(set(forgotten.values())))
+    try:
+        told = _listed("sacct", "-n", "-P", "-X", "-j", numbers, "-o", "JobID,State")
+    except NoScheduler:
+        return ends
+    arrays = {job_id.partition("_")[0] for job_id in (*known, *told)}
+    # A task that is cancelled before it starts leaves no trace; every other one has an entry beside its array's.
+    silent = {job_id for job_id, array in forgotten.items() if array in arrays and job_id not in told}
+    return dict.fromkeys(silent, "CANCELLED") | _ended(told) | ends
+
+
+def _ended(states: Mapping[str, str]) -> dict[str, str]:
+    return {job_id: state for job_id, state in states.items() if state.partition(" ")[0] in _ENDED}
+
+
+def _listed(*command: str) -> dict[str, str]:
+    """The states that a client program lists, `job|state` a line."""
+    return dict(line.split("|", 1) for line in _ask(*command).splitlines())
 
 
 def _index(job_id: str) -> int:

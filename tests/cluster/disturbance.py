@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -246,18 +247,24 @@ class Disturbance:
         said = "the mirror says so and tries again; no run notices"
         self.outcomes[f"MLflow gone for {OUTAGE_SECONDS:.0f} s"] = (said, "0", level)
 
-    def _services(self) -> None:
-        """Accounting goes, the controller restarts meanwhile; status must work without sacct."""
-        slurm = self.launch.slurm
+    @contextlib.contextmanager
+    def _without_accounting(self) -> Iterator[None]:
         with contextlib.ExitStack() as everybody_waits:
             for _ in range(_PLACES):
                 everybody_waits.enter_context(self._places)
-            slurm.stop_accounting_daemon()
-            slurm.stop_controller()
-            slurm.start_controller()
+            self.launch.slurm.stop_accounting_daemon()
+            try:
+                yield
+            finally:
+                self.launch.slurm.start_accounting_daemon()
+
+    def _services(self) -> None:
+        """Accounting goes, the controller restarts meanwhile; status must work without sacct."""
+        with self._without_accounting():
+            self.launch.slurm.stop_controller()
+            self.launch.slurm.start_controller()
             rows = self.launch.states()
-            slurm.start_accounting_daemon()
-        # Without sacct nobody knows that a task which is gone was cancelled.
+        # Without sacct nobody knows the end of what a controller had forgotten when it was restarted.
         known = {"queued", "running", "trained", "stopped", "lost", "done"}
         assert len(rows) == 12 and {row["state"] for row in rows.values()} <= known, rows
         self.outcomes["slurmctld restarted"] = ("jobs run on; the controller finds them again", "0", "nothing")
@@ -289,11 +296,13 @@ class Disturbance:
         """Somebody cancels a task; the same command submits only what was cancelled, and the tracker hears of it."""
         run_dir = self.victims[task]
         self._checkpointed(task, starts=2)
-        self._ask("scancel", task)
-        eventually(lambda: task not in self._queue(), f"{task} gone", PATIENCE)
-        with self._places:
+        # Accounting that is down is accounting that is late: it must not be what says how a task has just ended.
+        with self._without_accounting():
+            self.launch.slurm.ask("scancel", task)
+            eventually(lambda: task not in self.launch.queue(), f"{task} gone", PATIENCE)
             row = self.launch.states()[run_dir.name]
-            assert row["state"] == "stopped" and "CANCELLED" in row["error"], row
+        assert row["state"] == "stopped" and f"job {task}: CANCELLED" in row["error"], row
+        with self._places:
             sync(self.launch.runs, self.server.uri)
             tracked = stored(MlflowClient(self.server.uri), "disturbed")
             self.closed_by_the_tracker = tracked[run_dir.name].info.status

@@ -173,6 +173,29 @@ def _table(path: Path) -> list[dict[str, str]]:
     return sorted(rows, key=lambda row: row["run_id"])
 
 
+def test_what_is_cancelled_before_it_starts_is_known_at_once(slurm, tmp_path):
+    (tmp_path / "few.yaml").write_text(SWEEP.replace("[480, 960, 19200]", "[480]"))
+    (tmp_path / "resources.yaml").write_text(RESOURCES.replace("partition: low", "partition: high"))
+    launch = Launch(slurm, tmp_path / "few.yaml", tmp_path / "resources.yaml", tmp_path / "runs")
+    slurm.ask("scontrol", "update", "PartitionName=high", "State=DOWN")
+    try:
+        launch("submit")
+        task, *others = sorted(launch.trunks())
+        slurm.ask("scancel", task)
+        # Its evaluation may be in the queue still, and makes nothing of it.
+        rows = launch.states().values()
+        stopped = [row for row in rows if row["state"] == "stopped"]
+        assert [row["trunk_id"] for row in stopped] == [launch.trunks()[task]] and len(others) == 3, rows
+        assert f"job {task}: CANCELLED" in stopped[0]["error"]
+        assert {row["state"] for row in rows if row not in stopped} == {"queued"}
+        assert "submitted 2 tasks" in launch("submit"), "its training and its evaluation"
+        launch("cancel")
+        assert {row["state"] for row in launch.states().values()} == {"stopped"}
+    finally:
+        slurm.ask("scancel", "--name=few,few-evaluate,few-conclude", check=False)
+        slurm.ask("scontrol", "update", "PartitionName=high", "State=UP")
+
+
 def test_a_thousand_runs_are_submitted_watched_and_cancelled_in_seconds(slurm, tmp_path, fault):
     many = SWEEP.replace("seeds: [0]", f"seeds: {list(range(250))}").replace("[480, 960, 19200]", "[480]")
     (tmp_path / "many.yaml").write_text(many)
