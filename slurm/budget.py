@@ -40,7 +40,7 @@ def agreed(plan: Plan, states: Sequence[RunState], hours: float, ask: Callable[[
 
     Raises InvalidInput where they would not do and nobody can be asked, or the answer is no.
     """
-    spent = sum(state.seconds_used or 0.0 for state in states) / 3600
+    spent = sum(state.device_seconds_used or 0.0 for state in states) / 3600
     prices = {row["run_id"]: row["gpu_hours"] for row in as_rows(plan)}
     missing = sum(prices[s.planned.spec.id] * (1 - s.share) for s in states if s.state not in OVER)
     if not hours or spent + missing <= hours:

@@ -46,7 +46,8 @@ def describe(state: RunState) -> str:
         scores = [
             f"{name} {state.scores[name][0]:.4g}" for name in ("val_loss", "geneval", "fd") if name in state.scores
         ]
-        used = [] if state.seconds_used is None else [f"in {duration(state.seconds_used)}"]
+        several = " of device time" if state.planned.placement.processes > 1 else ""
+        used = [] if state.device_seconds_used is None else [f"in {duration(state.device_seconds_used)}{several}"]
         return "  ".join([line, *scores, *used])
     return f"{line}  step {state.step} of {spec.train.steps}" if state.step else line
 

@@ -39,7 +39,7 @@ class RunState:
     step: int
     phase: str
     images_per_s: float | None
-    seconds_used: float | None
+    device_seconds_used: float | None  # of all its devices together, as the plan's
     heartbeat: float | None  # seconds since the epoch
     attempts: tuple[Attempt, ...]
     error: str | None
@@ -132,7 +132,7 @@ def _read(run: PlannedRun, run_dir: Path, trunk_held: bool) -> RunState:
         step=run.spec.train.steps if trained else int(status.get("step", 0)),
         phase=str(status.get("phase", "")),
         images_per_s=status.get("images_per_s"),
-        seconds_used=_seconds_used(folder, record, status, lives),
+        device_seconds_used=_device_seconds_used(run, folder, record, status, lives),
         heartbeat=status.get("heartbeat"),
         attempts=lives,
         error=status.get("error"),
@@ -140,8 +140,12 @@ def _read(run: PlannedRun, run_dir: Path, trunk_held: bool) -> RunState:
     )
 
 
-def _seconds_used(
-    folder: RunFolder, record: dict[str, Any] | None, status: dict[str, Any], lives: tuple[Attempt, ...]
+def _device_seconds_used(
+    run: PlannedRun,
+    folder: RunFolder,
+    record: dict[str, Any] | None,
+    status: dict[str, Any],
+    lives: tuple[Attempt, ...],
 ) -> float | None:
     """Of all attempts, lost steps included; of a run by hand, what its files know."""
     if lives:
@@ -149,7 +153,7 @@ def _seconds_used(
     if record:
         return record["gpu_hours"] * 3600
     cost = read_json(folder.checkpoints / "cost.json")
-    return cost["seconds"] if cost else None
+    return cost["seconds"] * run.placement.processes if cost else None
 
 
 def _alive(status: dict[str, Any], trunk_held: bool) -> bool:
@@ -202,7 +206,7 @@ def as_rows(states: list[RunState], plan_rows: list[dict[str, Any]]) -> list[dic
             "heartbeat_age_seconds": None if state.heartbeat is None else max(0.0, time.time() - state.heartbeat),
             "job": state.job or None,
             "retries": attempts.retries(state.attempts),
-            "gpu_hours_used": None if state.seconds_used is None else state.seconds_used / 3600,
+            "gpu_hours_used": None if state.device_seconds_used is None else state.device_seconds_used / 3600,
             "error": state.error,
         }
         scores = {name: value for name, (value, _) in state.scores.items()}
@@ -243,7 +247,7 @@ def _cells(state: RunState) -> list[str]:
     spec, cost = state.planned.spec, state.planned.cost
     running = state.state == "running"
     tokens_per_s, mfu = speed(state) if running else (None, None)
-    used = "-" if state.seconds_used is None else duration(state.seconds_used)
+    used = "-" if state.device_seconds_used is None else duration(state.device_seconds_used)
     color = _COLORS.get(state.state)
     label = state.phase if running and state.phase not in ("", "train") else state.state
     return [
@@ -257,7 +261,7 @@ def _cells(state: RunState) -> list[str]:
         "" if tokens_per_s is None else count(tokens_per_s),
         "" if mfu is None else f"{100 * mfu:.1f}%",
         "" if state.eta_seconds is None else duration(state.eta_seconds),
-        f"{used}/{duration(cost.seconds)}",
+        f"{used}/{duration(cost.device_seconds)}",
         _score(state, "val_loss", 4),
         _score(state, "geneval", 3),
         _score(state, "fd", 2) or _score(state, "fid", 2),

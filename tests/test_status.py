@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -14,8 +15,9 @@ from rich.console import Console
 
 from fluidscale.folder import RunFolder
 from fluidscale.record import write_json
-from slurm import claim, layout, plan, status
+from slurm import attempts, claim, layout, plan, status
 from slurm.live import PlainLines
+from slurm.placement import Machine, load_profile
 
 
 @pytest.fixture
@@ -91,6 +93,27 @@ def test_the_table_shows_scores_errors_and_the_tally(planned, tmp_path):
     assert rows[0]["val_loss"] == 1.23456 and rows[0]["state"] == "done" and rows[0]["run_id"] == done.spec.id
     assert rows[1]["error"] == "ValueError: told so"
     json.dumps(rows, allow_nan=False)
+
+
+def test_used_and_planned_hours_of_a_run_are_both_of_all_its_devices(tmp_path):
+    profile = dataclasses.replace(load_profile("slurm"), device="cpu", strategy="ddp", devices=2, nodes=2, memory_gb=4)
+    planned = plan.make_plan(plan_of(write_sweep(tmp_path)).sweep, Machine(profile, 1))
+    run, price = planned.runs[0], planned.runs[0].cost
+    started = time.time() - price.seconds
+    life = attempts.Attempt("one", "7_1", "n1", started, run.placement.processes, 0, time.time(), "done", 12)
+    folder = RunFolder(tmp_path / run.spec.id)
+    write_json(folder.path / "attempts.json", {"attempts": [dataclasses.asdict(life)]})
+    [state, *_] = status.read_states(planned, tmp_path)
+    # It took as long as was planned: what is used is what was planned.
+    assert state.device_seconds_used == pytest.approx(price.device_seconds, rel=0.01) == 4 * price.seconds
+    [row, *_] = status.as_rows([state], plan.as_rows(planned)[:1])
+    assert row["gpu_hours_used"] == pytest.approx(row["gpu_hours"], rel=0.01)
+    planned_time = plan.duration(price.device_seconds)
+    assert f"{planned_time}/{planned_time}" in as_text(status.as_table([state], "four processes a run"))
+    # A run by hand, of which only its training's own clock is known.
+    (folder.path / "attempts.json").unlink()
+    write_json(folder.checkpoints / "cost.json", {"seconds": 60.0, "tokens_per_s": 1.0})
+    assert status.read_state(run, tmp_path).device_seconds_used == 240.0
 
 
 def test_plain_lines_tell_each_change_once(planned, tmp_path):
