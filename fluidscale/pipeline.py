@@ -18,7 +18,6 @@ the run had them, or where `assets` ({sha256: path}) says.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,16 +27,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load, save
+from safetensors.torch import save_file
 
 from fluidscale.data.sources import Source, open_source
 from fluidscale.folder import RunFolder
-from fluidscale.model.build import FluidModel, build
+from fluidscale.model.build import FluidModel, load_model
 from fluidscale.model.generator import generate
 from fluidscale.model.transformer import Text
-from fluidscale.record import Placement, read_json, write_atomic, write_json
+from fluidscale.record import Placement, atomic, read_json, write_atomic, write_json
 from fluidscale.run import device_of, load_trained
 from fluidscale.spec import InvalidInput, RunSpec, canonical, run_spec_from_json, to_json
+from fluidscale.tokens.folders import file_sha256
 
 # Tokens drawn in one batch: bounds memory; what is drawn does not depend on it.
 _BATCH_TOKENS = 16384
@@ -127,16 +127,15 @@ class FluidPipeline:
         if index is None:
             return cls.from_run(folder, device)
         spec = run_spec_from_json(_read(folder / "spec.json").decode(), str(folder / "spec.json"))
-        data = _read(folder / _WEIGHTS)
-        if hashlib.sha256(data).hexdigest() != index["weights_sha256"]:
-            raise InvalidInput(f"{folder / _WEIGHTS}: not the weights of {folder / _INDEX}; export the run again")
-        model = build(spec.model)
-        model.load_state_dict(load(data))
+        weights = folder / _WEIGHTS
+        if not weights.is_file() or file_sha256(weights) != index["weights_sha256"]:
+            raise InvalidInput(f"{weights}: not the weights of {folder / _INDEX}; export the run again")
+        model = load_model(spec.model, weights)
         named = {**index["assets"], **(assets or {})}
         if spec.data.manifest_sha256:
             named[spec.data.manifest_sha256] = str(folder)
         record = read_json(folder / "record.json") or {}
-        return cls._placed(spec, model.eval(), record, Placement(assets=named), folder, device)
+        return cls._placed(spec, model, record, Placement(assets=named), folder, device)
 
     @classmethod
     def _placed(
@@ -154,8 +153,9 @@ class FluidPipeline:
     def save_pretrained(self, folder: Path | str) -> None:
         """Writes the pipeline's folder; the index comes last, so a folder with one is whole."""
         folder = Path(folder)
-        weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()})
-        write_atomic(folder / _WEIGHTS, weights)
+        with atomic(folder / _WEIGHTS) as weights:
+            state = self.model.state_dict().items()
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state}, weights)
         write_json(folder / "model" / "config.json", canonical(self.spec.model))
         write_atomic(folder / "spec.json", to_json(self.spec))
         write_json(folder / "record.json", self.record)
@@ -169,7 +169,7 @@ class FluidPipeline:
             "model": ["fluidscale", "FluidModel"],
             "tokenizer": ["fluidscale", self.spec.tokenizer_sha256],
             "text_encoder": ["fluidscale", self.spec.text_encoder_sha256 or self.spec.text_encoder],
-            "weights_sha256": hashlib.sha256(weights).hexdigest(),
+            "weights_sha256": file_sha256(folder / _WEIGHTS),
             "assets": {sha256: path for sha256, path in self.placement.assets.items() if sha256 in kept},
         }
         write_json(folder / _INDEX, index)

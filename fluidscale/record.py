@@ -8,7 +8,8 @@ import io
 import json
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -61,18 +62,24 @@ class Placement:
         return self.devices * self.nodes
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes beside the target, flushes to disk, then renames: a reader sees the old file or the new one."""
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A file beside the target to write to, then flushed and renamed: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def is_full(error: BaseException) -> bool:

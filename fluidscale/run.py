@@ -181,16 +181,12 @@ def _judge(
 
 def load_weights(spec: RunSpec, folder: RunFolder) -> Any:
     """The trained model with its averaged weights, in evaluation mode."""
-    from safetensors.torch import load_file
+    from fluidscale.model.build import load_model
 
-    from fluidscale.model.build import build
-
-    model = build(spec.model)
     try:
-        model.load_state_dict(load_file(folder.weights))
+        return load_model(spec.model, folder.weights)
     except Exception as error:
         raise InvalidInput(f"{folder.weights}: does not load ({_one_line(error)}); delete it to train again") from error
-    return model.eval()
 
 
 def load_trained(run_dir: Path) -> tuple[RunSpec, Any]:

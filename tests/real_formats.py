@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fluidscale import encode
+
 WORDS = (
     "a",
     "red",
@@ -108,3 +110,50 @@ def coco(path: Path, images: list[Path], captions: int = 2, seed: int = 0) -> Pa
     listed = [{"id": k, "file_name": image.name} for k, image in enumerate(images)]
     path.write_text(json.dumps({"images": listed, "annotations": notes}))
     return path
+
+
+# Four arms on pictures encoded by the tiny networks; ROOT is the folder of all of it.
+SWEEP = """
+sizes: [50K]
+arms: all
+seeds: [0]
+images: [48]
+defaults:
+  data: {name: pictures}
+  text_encoder: ROOT/t5
+  model: {aligner_depth: 3, position: every_layer}
+  train: {lr: 2.0e-3, batch: 8, warmup_steps: 2, decay_fraction: 0.25, weight_decay: 0.02, beta1: 0.9, beta2: 0.95,
+          grad_clip: 1.0, ema_decay: 0.9, text_drop: 0.1}
+  evaluate: {val_images: 4, geneval_images_per_prompt: 0, fd_images: 0,
+             sampling: {guidance_scale: 2.0, temperature: 1.0, num_inference_steps: 4}}
+by_token_kind:
+  continuous:
+    tokenizer: ROOT/vae
+    data: {shards: ROOT/vae-shards}
+    model: {head: {num_blocks: 1, objective: flow, noise_repeats: 1}}
+    evaluate: {sampling: {solver: euler, num_denoising_steps: 4}}
+  discrete:
+    tokenizer: ROOT/vq
+    data: {shards: ROOT/vq-shards}
+by_order:
+  random: {model: {mask_law: uniform}}
+  raster: {evaluate: {sampling: {num_inference_steps: 16}}}
+"""
+
+
+def encoding(root: Path, tokenizer: str, out: str, *more: str) -> list[str]:
+    """The words of a call of fluidscale.encode on a stack."""
+    given = {"--captions": "captions.json", "--tokenizer": tokenizer, "--text-encoder": "t5", "--out": out}
+    paths = [word for option, name in given.items() for word in (option, str(root / name))]
+    return [str(root / "images"), *paths, "--text-length", "6", "--val-images", "4", *more]
+
+
+def saved_stack(root: Path) -> Path:
+    """A folder with pictures, captions, saved networks, encoded shards, and pictures.yaml, a sweep that names them."""
+    torch.set_num_threads(1)
+    tiny_vae(root / "vae"), tiny_vq(root / "vq"), tiny_t5(root / "t5")
+    coco(root / "captions.json", pictures(root / "images", 20))
+    for kind in ("vae", "vq"):
+        assert encode.main(encoding(root, kind, f"{kind}-shards")) == 0
+    (root / "pictures.yaml").write_text(SWEEP.replace("ROOT", str(root)))
+    return root

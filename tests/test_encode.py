@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from real_formats import coco, pictures, tiny_t5, tiny_vq
+from safetensors.torch import load_file, save_file
 
 from fluidscale.data import encoding
 from fluidscale.data.captioned import CaptionedShards, read_manifest, verify
@@ -210,6 +211,27 @@ def test_input_of_no_use_is_refused_before_anything_is_written(stack, tmp_path, 
     assert "no config.json" in refused(capsys, replaced(good, "--text-encoder", stack), out)
     assert "no such network" in refused(capsys, replaced(good, "--tokenizer", "nothing"), out)
     assert "expected I/N" in refused(capsys, [*good, "--shard", "3/3"], out)
+
+
+def test_damaged_networks_are_refused_before_anything_is_written(stack, tmp_path, capsys):
+    out, good = tmp_path / "out", command(stack, "x")
+    good = replaced(good, "--out", out)
+    for name, option, file, key in (
+        ("vq", "--tokenizer", "diffusion_pytorch_model.safetensors", "decoder.conv_in.weight"),
+        ("t5", "--text-encoder", "model.safetensors", "encoder.final_layer_norm.weight"),
+    ):
+        folder = shutil.copytree(stack / name, tmp_path / name)
+        weights = load_file(folder / file)
+        del weights[key]
+        save_file(weights, folder / file)
+        assert f"are missing, first {key}" in refused(capsys, replaced(good, option, folder), out)
+        (folder / file).unlink()
+        torch.save({"weights": pytest.raises}, folder / file.replace(".safetensors", ".bin"))
+        assert "not a file of plain tensors" in refused(capsys, replaced(good, option, folder), out)
+    wider = shutil.copytree(stack / "t5", tmp_path / "wider")
+    config = json.loads((wider / "config.json").read_text())
+    (wider / "config.json").write_text(json.dumps({**config, "d_model": 24}))
+    assert str(wider) in refused(capsys, replaced(good, "--text-encoder", wider), out)
 
 
 def test_what_is_there_is_checked_and_never_overwritten(stack, capsys):

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from fluidscale.folder import RunFolder, trunk_checkpoint, trunk_folder
 from fluidscale.record import VOLATILE, Placement
-from fluidscale.run import load_trained, run
+from fluidscale.run import load_trained, main, run
 from fluidscale.spec import ARMS, InvalidInput
 from fluidscale.train.callbacks import Stopped
+from fluidscale.train.checkpoint import NEWEST
 
 OFTEN = Placement(device="cpu", checkpoint_steps=5)
 
@@ -98,6 +101,23 @@ def test_a_folder_of_another_run_is_refused(tmp_path, tiny_spec):
         run(spec, tmp_path / "x", OFTEN, stop_after(1))
     with pytest.raises(InvalidInput, match="holds another run"):
         run(other, tmp_path / "x", OFTEN)
+
+
+def test_a_checkpoint_of_another_spec_is_refused_in_one_line(tmp_path, tiny_spec, capsys):
+    spec, other = tiny_spec("discrete-raster"), dataclasses.replace(tiny_spec("discrete-raster"), seed=1)
+    for one in (spec, other):
+        with pytest.raises(Stopped):
+            run(one, tmp_path / one.id, OFTEN, stop_after(1))
+    folder, newest = tmp_path / spec.id, Path("ckpt", NEWEST)
+    shutil.copy(tmp_path / other.id / newest, folder / newest)
+    before = {path: path.read_bytes() for path in folder.rglob("*.*") if path.suffix in (".ckpt", ".jsonl")}
+    (tmp_path / "where.json").write_text(json.dumps(dataclasses.asdict(OFTEN)))
+    words = [str(folder / "spec.json"), "--dir", str(folder), "--placement", str(tmp_path / "where.json")]
+    assert main(words) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"a checkpoint of {other.id}, not of {spec.id}" in line and str(folder / newest) in line
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert RunFolder(folder).record is None
 
 
 def test_a_failure_leaves_its_reason(tmp_path, tiny_spec):

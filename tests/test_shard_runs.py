@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from real_formats import coco, pictures, tiny_t5, tiny_vae, tiny_vq
+from real_formats import encoding, saved_stack, tiny_t5
 
 from fluidscale import encode, sample
 from fluidscale.data.sources import CaptionedRows, check_features, open_source
@@ -21,51 +21,10 @@ from fluidscale.sweep import load_sweep
 from fluidscale.tokens.text import TextEncoder
 from slurm.placement import load_profile, place
 
-SWEEP = """
-sizes: [50K]
-arms: all
-seeds: [0]
-images: [48]
-defaults:
-  data: {name: pictures}
-  text_encoder: ROOT/t5
-  model: {aligner_depth: 3, position: every_layer}
-  train: {lr: 2.0e-3, batch: 8, warmup_steps: 2, decay_fraction: 0.25, weight_decay: 0.02, beta1: 0.9, beta2: 0.95,
-          grad_clip: 1.0, ema_decay: 0.9, text_drop: 0.1}
-  evaluate: {val_images: 4, geneval_images_per_prompt: 0, fd_images: 0,
-             sampling: {guidance_scale: 2.0, temperature: 1.0, num_inference_steps: 4}}
-by_token_kind:
-  continuous:
-    tokenizer: ROOT/vae
-    data: {shards: ROOT/vae-shards}
-    model: {head: {num_blocks: 1, objective: flow, noise_repeats: 1}}
-    evaluate: {sampling: {solver: euler, num_denoising_steps: 4}}
-  discrete:
-    tokenizer: ROOT/vq
-    data: {shards: ROOT/vq-shards}
-by_order:
-  random: {model: {mask_law: uniform}}
-  raster: {evaluate: {sampling: {num_inference_steps: 16}}}
-"""
-
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
-    """A folder with everything that the sweep names."""
-    torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("stack")
-    tiny_vae(root / "vae"), tiny_vq(root / "vq"), tiny_t5(root / "t5")
-    coco(root / "captions.json", pictures(root / "images", 20))
-    for kind in ("vae", "vq"):
-        assert encode.main(command(root, kind, f"{kind}-shards")) == 0
-    (root / "pictures.yaml").write_text(SWEEP.replace("ROOT", str(root)))
-    return root
-
-
-def command(root, kind, out, *more):
-    given = {"--captions": "captions.json", "--tokenizer": kind, "--text-encoder": "t5", "--out": out}
-    paths = [word for option, name in given.items() for word in (option, str(root / name))]
-    return [str(root / "images"), *paths, "--text-length", "6", "--val-images", "4", *more]
+    return saved_stack(tmp_path_factory.mktemp("stack"))
 
 
 @pytest.fixture
@@ -103,7 +62,7 @@ def test_one_process_or_two_train_the_same_model(stack, planned, tmp_path):
 
 
 def test_live_features_train_the_same_model_as_cached_ones(stack, planned, tmp_path):
-    assert encode.main(command(stack, "vq", "live-shards", "--text-features", "live")) == 0
+    assert encode.main(encoding(stack, "vq", "live-shards", "--text-features", "live")) == 0
     assert not list((stack / "live-shards").glob("*features*"))
     text = (stack / "pictures.yaml").read_text().replace("vq-shards", "live-shards")
     (stack / "live.yaml").write_text(text)

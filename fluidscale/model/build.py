@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fluidscale.model.diffusion import OBJECTIVES, Noise
@@ -115,3 +118,15 @@ def build(spec: ModelSpec) -> FluidModel:
     """A model with fresh weights from torch's global generator, on the current default device (`meta` included)."""
     check(spec)
     return FluidModel(spec)
+
+
+def load_model(spec: ModelSpec, weights: Path) -> FluidModel:
+    """A model with the weights of a safetensors file, in evaluation mode: they are in memory once, and nothing else is.
+
+    Raises what safetensors and torch raise when the file is damaged or of another model.
+    """
+    with torch.device("meta"):
+        model = build(spec)
+    model.to_empty(device="cpu")
+    model.load_state_dict(load_file(weights))
+    return model.eval()

@@ -88,7 +88,9 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 def table(*shape: int) -> nn.Parameter:
     """A learned vector, or a table of them, from N(0, .02)."""
-    return nn.Parameter(torch.empty(*shape).normal_(std=EMBED_STD))
+    parameter = nn.Parameter(torch.empty(*shape))
+    nn.init.normal_(parameter, std=EMBED_STD)
+    return parameter
 
 
 def zero_(layer: nn.Linear) -> nn.Linear:

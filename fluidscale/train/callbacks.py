@@ -86,7 +86,8 @@ class Monitor(AfterStep):
         return tokens / self.seconds if self.seconds else None
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"run_id": self._spec.id, "seconds": self.seconds, "steps_timed": self.steps_timed}
+        own: dict[str, Any] = {"run_id": self._spec.id, "trunk_id": self._spec.trunk_id}
+        own |= {"seconds": self.seconds, "steps_timed": self.steps_timed}
         # Of all processes: those that go on from here may be fewer or more.
         unwritten = list(self._ranks.sum(torch.stack(self._losses)).unbind()) if self._losses else []
         return {**own, "unwritten_losses": unwritten}

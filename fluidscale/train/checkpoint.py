@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.plugins.io import CheckpointIO
 
 from fluidscale.record import read_json, write_atomic
-from fluidscale.spec import InvalidInput
+from fluidscale.spec import InvalidInput, RunSpec
 
 log = logging.getLogger(__name__)
 NEWEST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -77,11 +77,13 @@ def _content(path: Path) -> dict[str, Any]:
     return torch.load(path / META if path.is_dir() else path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def newest_loadable(candidates: list[Path], last_step: int, sharded: bool = False) -> tuple[Path, int] | None:
+def newest_loadable(
+    candidates: list[Path], last_step: int, sharded: bool = False, spec: RunSpec | None = None
+) -> tuple[Path, int] | None:
     """The candidate with the most steps (at most `last_step`) that loads, and its step; None to start anew.
 
     A corrupt one is passed over with a warning: the run then goes on from an older state and ends the same. Raises
-    InvalidInput on one of the other form.
+    InvalidInput on one of the other form, or of another run than `spec`.
     """
     found: list[tuple[int, Path]] = []
     for path in candidates:
@@ -95,9 +97,20 @@ def newest_loadable(candidates: list[Path], last_step: int, sharded: bool = Fals
         if path.is_dir() != sharded:
             kind = "fsdp" if path.is_dir() else "single or ddp"
             raise InvalidInput(f"{path}: written by a placement with strategy {kind}; keep that, or delete it")
+        if spec is not None:
+            _check_owner(path, content, spec)
         found.append((int(content["global_step"]), path))
     usable = [(step, path) for step, path in found if step <= last_step]
     if not usable:
         return None
     step, path = max(usable, key=lambda item: item[0])
     return path, step
+
+
+def _check_owner(path: Path, content: dict[str, Any], spec: RunSpec) -> None:
+    """Runs of one trunk are one run up to the branch step; checkpoints of earlier versions do not name their trunk."""
+    owner = content["callbacks"]["Monitor"]
+    shared = int(content["global_step"]) <= spec.train.branch_step
+    mine = owner["run_id"] == spec.id or (shared and owner.get("trunk_id", spec.trunk_id) == spec.trunk_id)
+    if not mine:
+        raise InvalidInput(f"{path}: a checkpoint of {owner['run_id']}, not of {spec.id}; delete it, or restore it")

@@ -11,12 +11,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from fluidscale.data.sources import Rows
 from fluidscale.folder import RunFolder, trunk_checkpoint, trunk_folder
-from fluidscale.model.build import build
-from fluidscale.record import Placement, write_atomic, write_json
+from fluidscale.model.build import FluidModel, build
+from fluidscale.model.deferred import Fill, build_without_values
+from fluidscale.record import Placement, atomic, write_json
 from fluidscale.spec import InvalidInput, RunSpec
 from fluidscale.train.batches import Batches, share_of
 from fluidscale.train.callbacks import Checkpoints, Monitor
@@ -51,8 +52,7 @@ def fit(
     path, start = ranks.agree(_resume(spec, folder, placement, trunk, branches) if ranks.leads else (None, 0))
     log.info("training from step %d of %d%s", start, spec.train.steps, f" ({path})" if path else "")
     share = share_of(spec.train.batch, placement, ranks.rank)
-    torch.manual_seed(spec.seed)
-    module = FluidModule(spec, build(spec.model), share, placement.recompute)
+    module = FluidModule(spec, *_model(spec, placement, fresh=path is None), share, placement.recompute)
     ema, monitor = EMA(spec.train.ema_decay), Monitor(spec, folder, ranks)
     trainer = pl.Trainer(
         **trainer_options(placement),
@@ -63,15 +63,27 @@ def fit(
     )
     trainer.fit(module, train_dataloaders=Batches(spec, rows, start, share), ckpt_path=path, weights_only=True)
     ema.copy_to(module.model)
-    state = {name: whole(tensor) for name, tensor in module.model.state_dict().items()}
+    # Every process helps to gather each tensor, and the first one alone keeps it.
+    gathered = ((name, whole(tensor)) for name, tensor in module.model.state_dict().items())
+    state = {name: tensor for name, tensor in gathered if ranks.leads}
     if ranks.leads:
         write_json(folder.checkpoints / "cost.json", {"seconds": monitor.seconds, "tokens_per_s": monitor.tokens_per_s})
-        write_atomic(folder.weights, save(state))
+        with atomic(folder.weights) as weights:
+            save_file(state, weights)
         # The averaged weights are kept; the optimiser's state is of use to the trunk only, which keeps its own.
         for name in (NEWEST, PREVIOUS):
             remove(folder.checkpoints / name)
         if spec.train.branch_step == branches[-1]:
             prune_trunk(trunk)
+
+
+def _model(spec: RunSpec, placement: Placement, fresh: bool) -> tuple[FluidModel, list[Fill]]:
+    """The model to train, and what is to be drawn once it is sharded; a checkpoint's values need not be drawn."""
+    if placement.strategy == "fsdp":
+        model, fills = build_without_values(spec.model)
+        return model, fills if fresh else []
+    torch.manual_seed(spec.seed)
+    return build(spec.model), []
 
 
 def check(placement: Placement) -> None:
@@ -91,7 +103,7 @@ def _resume(
     """The checkpoint to go on from and its step; sets metrics.jsonl to what led there."""
     own = [folder.checkpoints / NEWEST, folder.checkpoints / PREVIOUS]
     shared = [trunk_checkpoint(trunk, step) for step in branches if step <= spec.train.branch_step]
-    found = newest_loadable(own + shared, spec.train.steps, placement.strategy == "fsdp")
+    found = newest_loadable(own + shared, spec.train.steps, placement.strategy == "fsdp", spec)
     path, start = found or (None, 0)
     source = path.with_suffix(".jsonl") if path in shared else folder.metrics
     folder.keep_metrics(source, start)

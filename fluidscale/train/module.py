@@ -9,6 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from fluidscale.model.build import FluidModel
+from fluidscale.model.deferred import Fill, draw_values
 from fluidscale.model.transformer import Text
 from fluidscale.spec import RunSpec
 from fluidscale.train.batches import Batch, Share, StepDraws, draw_step, visited
@@ -27,9 +28,13 @@ class FluidModule(pl.LightningModule):
     own tokens' share, scaled by how often Lightning will divide: by the processes, and by the parts of each.
     """
 
-    def __init__(self, spec: RunSpec, model: FluidModel, share: Share, recomputed: bool = False) -> None:
+    def __init__(
+        self, spec: RunSpec, model: FluidModel, fills: list[Fill], share: Share, recomputed: bool = False
+    ) -> None:
+        """`fills`: the values of a model that comes without any, to be drawn where its parts have come to lie."""
         super().__init__()
-        self.spec, self.model, self._share, self._recomputed = spec, model, share, recomputed
+        self.spec, self.model, self._fills = spec, model, fills
+        self._share, self._recomputed = share, recomputed
         self.grad_norm = torch.zeros(())  # of the last step, before clipping
         self._draws: tuple[int, StepDraws] | None = None
         self._loss: torch.Tensor | float = 0.0
@@ -40,6 +45,9 @@ class FluidModule(pl.LightningModule):
         if self.device_mesh is not None:
             half = str(self.trainer.precision).startswith("bf16")
             shard(self.model, self.device_mesh["data_parallel"], torch.bfloat16 if half else torch.float32)
+            self.model.to_empty(device=self.trainer.strategy.root_device)
+            torch.manual_seed(self.spec.seed)
+            draw_values(self.model, self._fills)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return adamw(self.model, self.spec.train)
