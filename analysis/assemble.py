@@ -30,33 +30,62 @@ from analysis.verdicts import verdicts
 RUNGS_FOR_A_BREAK = 7
 
 
-def refitter(chosen: Law, choice: Choice) -> Refit:
-    """The same law, floor and objective on other points, without the slower cross-check of the optimum."""
-    return lambda points: fit_one(chosen, points, choice, thorough=False)
+class Refits:
+    """Fits of held-out tests: each law and set of rows once, without the slower cross-check of the optimum.
+
+    Rollouts, chained links and predictions on record ask for the same ones.
+    """
+
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
+        self.known: dict[tuple[Any, ...], Fit | InvalidTable] = {}
+
+    def of(self, chosen: Law) -> Refit:
+        """The same law, floor and objective on other points."""
+        return lambda points: self._fit(chosen, points)
+
+    def _fit(self, chosen: Law, points: Points) -> Fit:
+        key = (chosen, points.metric, points.name, *(v.tobytes() for v in (points.rows, points.rung, points.y)))
+        if key not in self.known:
+            try:
+                self.known[key] = fit_one(chosen, points, self.choice, thorough=False)
+            except InvalidTable as error:
+                self.known[key] = error
+        found = self.known[key]
+        if isinstance(found, InvalidTable):
+            raise found
+        return found
 
 
-def _candidates(points: Points) -> list[Law]:
+def _candidates(points: Points, fits: Sequence[Fit]) -> list[Law]:
+    """The laws that suit the metric, along the ladder and over N and D, and whatever else was fitted."""
+    axis, signed = points.rung_axis, points.kind == "signed"
+    two = np.isfinite(points.n).all() and np.isfinite(points.d).all()
     if points.kind == "score":
-        return [law("logit", "n"), law("logit-joint")]
-    if points.kind == "signed":
-        return [law("power-floor", signed_floor=True), law("chinchilla", signed_floor=True)]
-    out = [law("power"), law("power-floor")]
-    if len(np.unique(points.n)) >= RUNGS_FOR_A_BREAK:
-        out.append(law("broken"))
-    return [*out, law("chinchilla"), *([law("kaplan")] if points.kind == "loss" else [])]
+        out = [law("logit", axis), *([law("logit-joint")] if two else [])]
+    else:
+        out = [*([] if signed else [law("power", axis)]), law("power-floor", axis, signed_floor=signed)]
+        if not signed and len(np.unique(points.rung)) >= RUNGS_FOR_A_BREAK:
+            out.append(law("broken", axis))
+        out += [law("chinchilla", signed_floor=signed)] if two else []
+        out += [law("kaplan")] if two and points.kind == "loss" else []
+    return list(dict.fromkeys([*out, *(f.law for f in fits)]))
 
 
-def _law_choice(points: Points, choice: Choice, rollouts: dict[tuple[str, ...], list[dict]]) -> list[dict[str, Any]]:
+def _law_choice(
+    result: Study, points: Points, refits: Refits, rollouts: dict[tuple[str, ...], list[dict]]
+) -> list[dict[str, Any]]:
     """Every candidate's held-out error, coverage and AICc; `chosen` marks the least held-out error."""
-    rows = []
-    for candidate in _candidates(points):
+    rows, level = [], result.choice.level
+    mine = {f.law: f for f in result.fits if (f.points.metric, f.points.name) == (points.metric, points.name)}
+    for candidate in _candidates(points, list(mine.values())):
         try:
-            fitted = fit_one(candidate, points, choice, thorough=False)
+            fitted = mine.get(candidate) or refits.of(candidate)(points)
         except InvalidTable as error:
             rows.append({"law": candidate.name, "axes": list(candidate.axes), "code": error.code})
             continue
         key = (points.metric, points.name, candidate.name, *candidate.axes)
-        rollouts.setdefault(key, rollout(points, refitter(candidate, choice), choice.level))
+        rollouts[key] = rollout(points, refits.of(candidate), level)
         shape = {"law": candidate.name, "axes": list(candidate.axes), "n_runs": len(fitted.points), "aicc": fitted.aicc}
         rows.append(shape | {"rollout": score(rollouts[key])})
     judged = [r for r in rows if r.get("rollout")]
@@ -64,22 +93,23 @@ def _law_choice(points: Points, choice: Choice, rollouts: dict[tuple[str, ...], 
     return [{"group": dict(points.group), "metric": points.metric, **r, "chosen": r is best} for r in rows]
 
 
-def _links(result: Study, losses: dict[str, Points]) -> list[dict[str, Any]]:
+def _links(result: Study, losses: dict[str, Points], refits: Refits) -> list[dict[str, Any]]:
     out = []
-    for p in result.points:
+    for p in result.sound:
         loss = losses.get(p.name)
         if loss is None or p.kind not in ("distance", "score") or p.metric.startswith("geneval_"):
             continue
-        found = link(loss, p, refitter(law("power-floor"), result.choice), result.choice.level)
+        found = link(loss, p, refits.of(law("power-floor", loss.rung_axis)), result.choice.level)
         if found:
             out.append(found)
     return out
 
 
 def _sensitivities(result: Study) -> list[dict[str, Any]]:
-    chosen = [f for f in result.fits if f.points.kind == "loss" and f.law.name in ("power-floor", "chinchilla")]
-    level, frame = result.choice.level, result.table.frame
-    return [row for f in chosen for row in sensitivity(f, frame, level)]
+    """Of the losses' laws along the ladder, in C and in N and D."""
+    named = ("power-floor", "compute", "chinchilla")
+    chosen = [f for f in result.fits if f.points.kind == "loss" and f.law.name in named]
+    return [row for f in chosen for row in sensitivity(f, result.table, result.choice.level)]
 
 
 def _noise(result: Study) -> list[dict[str, Any]]:
@@ -117,8 +147,6 @@ def _run_ids(result: Study) -> dict[int, str]:
 
 def _attach_rollouts(doc: dict[str, Any], fits: Sequence[Fit], rollouts: dict) -> None:
     for shown, f in zip(doc["fits"], fits, strict=True):
-        if len(f.law.axes) == 1 and f.law.axes != ("n",):
-            continue
         key = (f.points.metric, f.points.name, f.law.name, *f.law.axes)
         shown["rollout"] = rollouts.get(key, [])
 
@@ -126,11 +154,12 @@ def _attach_rollouts(doc: dict[str, Any], fits: Sequence[Fit], rollouts: dict) -
 def assemble(result: Study, predictions: Path | None, runs: Path, planned: Sequence[dict] = ()) -> dict[str, Any]:
     """The document of a study. `predictions` is the record kept beside laws.json (None: none is kept)."""
     doc, choice = document(result), result.choice
-    headline = [p for p in result.points if not p.metric.startswith("geneval_")]
+    headline = [p for p in result.sound if not p.metric.startswith("geneval_")]
     rollouts: dict[tuple[str, ...], list[dict]] = {}
-    doc["law_choice"] = [row for p in headline for row in _law_choice(p, choice, rollouts)]
+    refits = Refits(choice)
+    doc["law_choice"] = [row for p in headline for row in _law_choice(result, p, refits, rollouts)]
     _attach_rollouts(doc, result.fits, rollouts)
-    losses = {p.name: p for p in result.points if p.kind == "loss"}
+    losses = {p.name: p for p in result.sound if p.kind == "loss"}
     joint = [a for f in result.fits if (a := allocation(f, choice.level))]
     of = {(a["metric"], "-".join(a["group"].values()) or "all"): a for a in joint}
     scores = [p for p in headline if p.kind == "score" and np.isfinite(p.c).all() and len(p)]
@@ -139,13 +168,13 @@ def assemble(result: Study, predictions: Path | None, runs: Path, planned: Seque
         "doublings": [row for p in headline if (row := _doubling(p, choice.level))],
         "allocation": joint,
         "isoflop": [row for p in headline for row in profiles(p, choice.level, of.get((p.metric, p.name)))],
-        "links": _links(result, losses),
+        "links": _links(result, losses, refits),
         "ceilings": [
             row
             for p in scores
-            for row in ceiling_band(p, lambda chosen, points: fit_one(chosen, points, choice, thorough=False))
+            for row in ceiling_band(p, lambda chosen, points: refits.of(chosen)(points))
         ],
-        **comparisons(result.points, result.fits, choice.level),
+        **comparisons(result.sound, result.fits, choice.level),
         "sensitivity": _sensitivities(result),
         "verdicts": verdicts(result.points, result.fits, choice.level),
         "learning_curves": learning_curves(result.table.frame, runs, result.table.columns.group),
@@ -153,13 +182,14 @@ def assemble(result: Study, predictions: Path | None, runs: Path, planned: Seque
         "runs": {"ids": _run_ids(result), "folder": ""},
     }
     if predictions is not None:
-        entries = [e for p in headline for e in _registered(p, choice, planned)]
+        entries = [e for p in headline for e in _registered(p, refits, planned)]
         doc["predictions"] = keep_record(predictions, entries, headline)
     return doc
 
 
-def _registered(points: Points, choice: Choice, planned: Sequence[dict]) -> list[dict[str, Any]]:
-    chosen = law("logit", "n") if points.kind == "score" else law("power-floor", signed_floor=points.kind == "signed")
+def _registered(points: Points, refits: Refits, planned: Sequence[dict]) -> list[dict[str, Any]]:
+    name, axis = "logit" if points.kind == "score" else "power-floor", points.rung_axis
+    chosen = law(name, axis, signed_floor=points.kind == "signed")
     mine = [r for r in planned if all(str(r.get(k)) == v for k, v in points.group.items())]
     places = [{"n": float(r["params_total"]), "d": float(r["images"]), "c": float(r["train_flops"])} for r in mine]
-    return register(points, refitter(chosen, choice), choice.level, places)
+    return register(points, refits.of(chosen), refits.choice.level, places)

@@ -54,8 +54,8 @@ def changes(a: Study, b: Study, level: float) -> dict[str, Any]:
     parameters = [c for f in b.fits if _key(f) in laws for c in _parameter_changes(laws[_key(f)], f, level)]
     metrics, unlike = [], []
     fits = [{(f.points.metric, f.points.name): f for f in s.fits if f.law.axes == ("n",)} for s in (a, b)]
-    for p in a.points:
-        for q in b.points:
+    for p in a.sound:
+        for q in b.sound:
             if (p.metric, p.group) != (q.metric, q.group):
                 continue
             if (p.unit, p.protocol) != (q.unit, q.protocol):

@@ -16,26 +16,27 @@ from scipy import stats
 
 from analysis.answers import paired
 from analysis.fit import Fit
-from analysis.fit import fit as refit_law
+from analysis.images import aligned, paired_error
 from analysis.laws import Array
 from analysis.noise import FEW_REPLICATES
 from analysis.points import Points
-from analysis.table import InvalidTable
 
 DRAWS = 2000
 # the usual power of a planned comparison (Cohen 1988, Statistical Power Analysis, 2.4)
 POWER = 0.8
 # a crossing is looked for this far (in decades) on either side of the measured range
 REACH = 2.0
+# points along that range: between two of them the difference of two smooth laws is a straight line to within 1e-3
+GRID = 96
 
 
 @dataclass(frozen=True)
 class Contrast:
     """Metric of arm a minus that of arm b; for losses and distances the difference of logs (about a relative one).
 
-    `paired_by` says what both had in common, run by run: "seeds", "prompts". `error` is the standard error and
-    `error_unpaired` the one without the prompts' pairing, None where there is none. `detectable` is the least effect
-    that would have been told from zero four times out of five.
+    `paired_by` says what both had in common: "seeds", "prompts", "images". `error` is the standard error and
+    `error_unpaired` the one without the pairing over prompts or images, None where there is none. `detectable` is the
+    least effect that would have been told from zero four times out of five.
     """
 
     metric: str
@@ -73,12 +74,28 @@ def _transformed(points: Points) -> Array:
     return points.y if points.kind in ("score", "signed") else np.log(points.y)
 
 
+def _scatter(points: Points, fit: Fit | None) -> tuple[Array, float]:
+    """Variance of each point around its law in the contrasts' scale, with its dof; 0 where there is no law."""
+    if fit is None or points.kind == "score":
+        return np.zeros(len(points)), float("inf")
+    variance = np.full(len(points), fit.within[0] + fit.between[0])
+    if not fit.objective.logarithmic:
+        variance = variance * fit.scale**2 / (1.0 if points.kind == "signed" else points.y**2)
+    return variance, fit.within[1]
+
+
 def _run_variance(points: Points, fit: Fit | None) -> tuple[Array, float]:
     """Variance of each point around its law: evaluation error or the residuals' spread, whichever is larger; dof."""
     error = np.nan_to_num(points.se if points.kind in ("score", "signed") else points.se / points.y) ** 2
-    if fit is None or not fit.objective.logarithmic:
-        return error, float("inf")
-    return np.maximum(error, fit.within[0] + fit.between[0]), fit.within[1]
+    scatter, dof = _scatter(points, fit)
+    return np.maximum(error, scatter), dof
+
+
+def _over_images(a: Points, b: Points, pair: _Pair) -> float | None:
+    """Evaluation error of a difference over the images that both sides saw; None where they are not known."""
+    sides = [[p.images.get(int(r)) for r in p.rows[at]] for p, at in ((a, pair.a), (b, pair.b))]
+    both = aligned([*sides[0], *sides[1]], relative=a.kind == "loss")
+    return None if both is None else paired_error(both[: len(sides[0])], both[len(sides[0]) :])
 
 
 def _by_rank(points: Points) -> list[np.ndarray]:
@@ -147,24 +164,30 @@ def _run_to_run(
 
 def _one_size(
     a: Points, b: Points, pair: _Pair, between: tuple[float, float] | None, fits: Sequence[Fit | None]
-) -> tuple[float, float, float, float | None, bool]:
-    """(effect, standard error, dof, error without the prompts' pairing, paired over prompts) at one size."""
+) -> tuple[float, float, float, float | None, tuple[str, ...]]:
+    """(effect, standard error, dof, error without that pairing, what of the evaluation was paired) at one size."""
     ya, yb = _transformed(a), _transformed(b)
     effect = float(pair.by_seed.mean()) if pair.seeded else float(ya[pair.a].mean() - yb[pair.b].mean())
     variance, dof = _run_to_run(a, b, pair, between, fits)
     if a.kind != "score":
         # evaluations share their draws, and replicates of a pair hold what is left of their error
-        return effect, float(np.sqrt(variance)), dof, None, False
+        over_images = None if between is not None and pair.seeded else _over_images(a, b, pair)
+        if over_images is None:
+            return effect, float(np.sqrt(variance)), dof, None, ()
+        sides = zip((a, b), fits, (pair.a, pair.b), strict=True)
+        scatter = sum(float(_scatter(p, f)[0][at].mean()) / len(at) for p, f, at in sides)
+        error = float(np.sqrt(max(over_images**2, scatter)))
+        return effect, error, dof, float(np.sqrt(variance)), ("images",)
     apart = _evaluation(a, pair.a) + _evaluation(b, pair.b)
     known = [[p.answers[int(r)] for r in p.rows[at] if int(r) in p.answers] for p, at in ((a, pair.a), (b, pair.b))]
     complete = len(known[0]) == len(pair.a) and len(known[1]) == len(pair.b)
     found = paired(known[0], known[1]) if complete else None
     if found is None or not np.isfinite(found.error):
-        return effect, float(np.sqrt(apart + variance)), _freedom(apart, variance, dof), None, False
+        return effect, float(np.sqrt(apart + variance)), _freedom(apart, variance, dof), None, ()
     # the images' own seeds are in the prompts' error and in the seeds' variance: once is enough
     variance = max(variance - (found.drawing or 0.0), 0.0)
     errors = [float(np.sqrt(e**2 + variance)) for e in (found.error, found.unpaired)]
-    return found.effect, errors[0], _freedom(found.error**2, variance, dof), errors[1], True
+    return found.effect, errors[0], _freedom(found.error**2, variance, dof), errors[1], ("prompts",)
 
 
 def _freedom(known: float, estimated: float, dof: float) -> float:
@@ -202,10 +225,11 @@ def contrast(
         if error == 0.0:
             return None
     half = float(stats.t.ppf(0.5 + level / 2, dof)) * error
-    common = [("seeds", all(p.seeded for p in chosen)), ("prompts", all(s[4] for s in sizes))]
+    by = ["seeds"] if all(p.seeded for p in chosen) else []
+    by += sorted(set.intersection(*(set(s[4]) for s in sizes)))
     return Contrast(
         a.metric, a.name, b.name, at, effect, effect - half, effect + half, len(chosen), rows,
-        tuple(name for name, held in common if held), error, apart, detectable(error, dof, level),
+        tuple(by), error, apart, detectable(error, dof, level),
     )  # fmt: skip
 
 
@@ -243,7 +267,7 @@ def crossing(a: Fit, b: Fit, level: float, rng: np.random.Generator) -> dict[str
         return None
     axis = a.law.axes[0]
     values = np.concatenate([a.points.axis(axis), b.points.axis(axis)])
-    x = np.geomspace(values.min() / 10**REACH, values.max() * 10**REACH, 160)
+    x = np.geomspace(values.min() / 10**REACH, values.max() * 10**REACH, GRID)
     best = _first_crossing(_curves(a, a.theta[None], x) - _curves(b, b.theta[None], x), x)[0]
     met = _first_crossing(_curves(a, draw(a, DRAWS, rng), x) - _curves(b, draw(b, DRAWS, rng), x), x)
     share = float(np.isfinite(met).mean())
@@ -258,26 +282,15 @@ def crossing(a: Fit, b: Fit, level: float, rng: np.random.Generator) -> dict[str
     }  # fmt: skip
 
 
-def _one_seed(fit: Fit, seed: str) -> Fit | None:
-    """The same law on one seed's runs; None where they cannot carry it."""
-    floor = fit.parameter("E").value if fit.frozen.any() else None
-    try:
-        return refit_law(fit.law, fit.points.take(fit.points.seed == seed), fit.objective, floor, thorough=False)
-    except InvalidTable:
-        return None
-
-
 def crossings_by_seed(a: Fit, b: Fit, x: Array, level: float) -> dict[str, Any]:
     """Where the laws of each common seed meet, whose runs saw the same data in the same order, and their mean in log x.
 
     The interval is Student's t over the seeds, from three on that meet.
     """
     found = {}
-    for seed in (s for s in np.unique(a.points.seed) if s and s in b.points.seed):
-        pair = [_one_seed(f, seed) for f in (a, b)]
-        if pair[0] is not None and pair[1] is not None:
-            curves = [_curves(f, f.theta[None], x) for f in pair if f is not None]
-            found[str(seed)] = float(_first_crossing(curves[0] - curves[1], x)[0])
+    for seed in (s for s in a.by_seed if s in b.by_seed):
+        first, second = (_curves(f, f.theta[None], x) for f in (a.by_seed[seed], b.by_seed[seed]))
+        found[seed] = float(_first_crossing(first - second, x)[0])
     met = np.log([v for v in found.values() if np.isfinite(v)])
     if len(met) < 3:
         return {"by_seed": found, "paired_interval": None}

@@ -92,13 +92,15 @@ def _floors(ax: Axes, items: list[Document]) -> None:
     for key, text in (("floor", "tokenizer floor"), ("ceiling", "tokenizer ceiling")):
         # Two lines are often close: the lower one is named below itself, the upper one above.
         lines = sorted(kinds.values(), key=lambda item: item[key] or 0.0)[-2:]
+        # where curves of that kind are far away: floors on the left, ceilings on the right
+        edge, side = (0.01, "left") if key == "floor" else (0.995, "right")
         for place, item in zip(("top", "bottom"), lines, strict=False):
             low, high = ax.get_ylim()
             if item[key] is not None and low <= item[key] <= high:
                 ax.axhline(item[key], color=MUTED, linewidth=0.9, linestyle=":")
                 label = f"{text}, {item['group'].get('token_kind', '')}".rstrip(", ")
-                ax.annotate(label, (0.995, item[key]), xycoords=("axes fraction", "data"), fontsize=6, color=MUTED,
-                            ha="right", va=place)  # fmt: skip
+                ax.annotate(label, (edge, item[key]), xycoords=("axes fraction", "data"), fontsize=6, color=MUTED,
+                            ha=side, va=place)  # fmt: skip
 
 
 def _panels(items: list[Document]) -> list[list[Document]]:
@@ -111,14 +113,20 @@ def _panels(items: list[Document]) -> list[list[Document]]:
 
 
 def _held_out(ax: Axes, doc: Document, fits: list[Document], axis: str) -> None:
-    """What the smaller rungs alone said of each rung, with the interval of a new run."""
-    for f in fits:
-        for e in f["rollout"] if axis == "n" else ():
+    """What the smaller rungs alone said of each rung, with the interval of a new run; faint where it fills the panel.
+
+    Arms stand side by side, so that their bars do not hide each other.
+    """
+    bottom, top = ax.get_ylim()
+    for k, f in enumerate(fits):
+        for e in f["rollout"]:
             low, high = e["interval"]
+            wide = low < bottom or high > top
             tint = colour(f["group"], arms(doc))
-            ax.errorbar(e["held_out"]["n"] * 1.06, e["predicted"], [[e["predicted"] - low], [high - e["predicted"]]],
-                        marker="D", markersize=3.6, markerfacecolor="white", color=tint, elinewidth=0.6, alpha=0.6,
-                        linestyle="none", zorder=4)  # fmt: skip
+            ax.errorbar(e["held_out"][axis] * 1.06 * 1.035**k, e["predicted"],
+                        [[e["predicted"] - low], [high - e["predicted"]]], marker="D", markersize=3.6,
+                        markerfacecolor="white", color=tint, elinewidth=0.5 if wide else 0.8,
+                        alpha=0.35 if wide else 0.8, linestyle="none", zorder=2 if wide else 4)  # fmt: skip
 
 
 def _ceilings(ax: Axes, doc: Document, metric: str, axis: str, names: set[str]) -> None:
@@ -141,7 +149,6 @@ def _panel(ax: Axes, doc: Document, metric: str, axis: str, members: list[Docume
     fits = [f for f in fits_of(doc, metric, axis) if name_of(f["group"]) in names]
     for f in fits:
         _draw_curve(ax, doc, f, reach)
-    _held_out(ax, doc, fits, axis)
     _ceilings(ax, doc, metric, axis, names)
     for m in members:
         _draw_points(ax, doc, m, axis, len(members) == 1)
@@ -160,10 +167,13 @@ def _panel(ax: Axes, doc: Document, metric: str, axis: str, members: list[Docume
         ax.set_yscale("log")
         log_axis(ax.yaxis, low, high)
     ax.set_ylim(low, high)
+    _held_out(ax, doc, fits, axis)
+    ax.set_ylim(low, high)
     log_axis(ax.xaxis, *ax.get_xlim(), compute=axis == "c")
     _floors(ax, members)
     unit = members[0]["unit"]
-    ax.set_title(" / ".join(sorted({m["group"].get("token_kind", "") for m in members})) or title_of(metric))
+    kinds = {m["group"].get("token_kind", "") for m in members}
+    ax.set_title(next(iter(kinds)) if len(kinds) == 1 and kinds != {""} else title_of(metric))
     ax.set_xlabel(axis_name(doc, axis))
     ax.set_ylabel(f"{title_of(metric)}" + (f"\n({unit})" if unit else ""))
     if len(members) > 1 or overlaid:

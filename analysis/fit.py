@@ -8,14 +8,16 @@ group itself are rows like others; what replicates of the whole table show is th
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy import stats
 
 from analysis.laws import EXPONENT_BOUNDS, Array, Law, Public, SumLaw
 from analysis.points import Points
-from analysis.solver import Objective, minimise, project
+from analysis.solver import SCREEN_TOLERANCE, Objective, minimise, project
 from analysis.table import InvalidTable
 
 Spread = tuple[float, float]
@@ -28,7 +30,7 @@ REACHED = 1e-3
 # parameters that rows of one trunk identify among themselves; all others are told apart between trunks only
 DATA_PARAMETERS = ("b", "beta", "q", "alpha_D")
 # above this many points the multi-start searches a subset; the whole table is only polished
-SCREEN = 1500
+SCREEN = 400
 # Bounded scores: design effect of 4 images a prompt at within-prompt correlation .40 (1 + 3 * .40)
 DESIGN_EFFECT = 2.2
 
@@ -110,13 +112,24 @@ class Fit:
     def parameter(self, name: str) -> Public:
         return next(p for p in self.public() if p.name == name)
 
+    @cached_property
+    def by_seed(self) -> dict[str, Fit]:
+        """The same law on the runs of each seed alone, for the seeds that can carry it."""
+        floor = self.parameter("E").value if self.frozen.any() else None
+        found = {}
+        for seed in (s for s in np.unique(self.points.seed) if s):
+            with suppress(InvalidTable):
+                mine = self.points.take(self.points.seed == seed)
+                found[str(seed)] = fit(self.law, mine, self.objective, floor, thorough=False)
+        return found
+
     @property
     def headline(self) -> bool:
         return not any(w.blocks for w in self.warnings)
 
 
 def weights_of(points: Points, objective: Objective, seeds: SeedVariance = NO_SEEDS) -> Array:
-    """Weights (n,), mean 1, from seed variance plus standard errors floored at their median.
+    """Weights (n,), mean 1, from seed variance plus standard errors (paired over images) floored at their median.
 
     The floor, because no single lucky error may own the fit.
     """
@@ -126,7 +139,7 @@ def weights_of(points: Points, objective: Objective, seeds: SeedVariance = NO_SE
         size = np.where(np.isfinite(size) & (size > 0), size, points.count / DESIGN_EFFECT)
         known = size[np.isfinite(size)]
         return np.where(np.isfinite(size), size, np.median(known)) if len(known) else np.ones(len(points))
-    error = points.se / np.abs(points.y) if objective.logarithmic else points.se
+    error = points.error / np.abs(points.y) if objective.logarithmic else points.error
     if not np.isfinite(error).all():
         return np.ones(len(points))
     seed_variance = seeds.total * (1.0 if objective.logarithmic else scale_of(points) ** 2)
@@ -252,6 +265,17 @@ def scale_of(points: Points) -> float:
     return float(np.exp(np.log(points.y).mean()))
 
 
+@dataclass(frozen=True)
+class _Optimum:
+    """Parameters, objective, share of starts that reached it, variable projection's relative distance from it."""
+
+    theta: Array
+    value: float
+    share: float
+    gap: float | None
+    converged: bool
+
+
 def _search(
     law: Law,
     u: Array,
@@ -261,8 +285,8 @@ def _search(
     frozen: np.ndarray,
     starts: Array,
     thorough: bool,
-) -> tuple[Array, float, float, float | None]:
-    """The optimum: parameters, objective, share of starts that reached it, variable projection's relative distance.
+) -> _Optimum:
+    """The optimum over all starts and, when `thorough`, over an independent variable projection.
 
     Above SCREEN points the searches run on every k-th point along the first axis, and only their best is finished on
     all of them: where the valley lies does not need every point, its bottom does.
@@ -270,7 +294,9 @@ def _search(
     n = u.shape[1]
     chosen = np.argsort(u[0], kind="stable")[:: -(-n // SCREEN)] if n > SCREEN else np.arange(n)
     u_few, y_few, w_few = u[:, chosen], y[chosen], weights[chosen]
-    solved = minimise(law, u_few, y_few, starts, objective, w_few, frozen, iterations=100 if thorough else 50)
+    solved = minimise(
+        law, u_few, y_few, starts, objective, w_few, frozen, 100 if thorough else 30, tolerance=SCREEN_TOLERANCE
+    )
     best = int(np.argmin(solved.value))
     theta, value, gap = solved.theta[best], float(solved.value[best]), None
     if thorough and isinstance(law, SumLaw) and not law.signed_floor:
@@ -281,7 +307,21 @@ def _search(
     share = float((solved.value <= value * (1 + REACHED) + 1e-18).mean())
     finished = minimise(law, u, y, theta[None], objective, weights, frozen)
     theta, value = finished.theta[0], float(finished.value[0])
-    return theta, value, share, gap
+    return _Optimum(theta, value, share, gap, bool(finished.converged[0]))
+
+
+def _suits(points: Points, objective: Objective, floor: float | None) -> None:
+    """Raises InvalidTable for values that the objective or a fixed floor has no place for, and where nothing varies."""
+    where, least = f"{points.metric} in {points.name}", float(points.y.min())
+    if objective.logarithmic and least <= 0:
+        raise InvalidTable("NON_POSITIVE", f"{where} has values <= 0: fit it with --objective lse")
+    if objective.name == "quasi-binomial" and not (least >= 0 and points.y.max() <= 1):
+        raise InvalidTable("OUT_OF_RANGE", f"{where} is no score in [0, 1]: quasi-binomial is for those alone")
+    if floor is not None and floor >= least:
+        message = f"{where}: the floor {floor:.4g} is not below the least value {least:.4g}: fix a lower one or none"
+        raise InvalidTable("FLOOR_ABOVE_DATA", message)
+    if len(points) > 1 and np.ptp(points.y) <= 1e-12 * abs(least):
+        raise InvalidTable("CONSTANT_METRIC", f"{where} is {least:.6g} in every run: there is no law to be fitted")
 
 
 def fit(
@@ -298,8 +338,7 @@ def fit(
     replicates show of the noise between runs.
     """
     objective = objective or default_objective(points)
-    if objective.logarithmic and (points.y <= 0).any():
-        raise InvalidTable("NON_POSITIVE", f"{points.metric} has values <= 0: fit it with --objective lse")
+    _suits(points, objective, floor)
     frozen = np.zeros(len(law.parameters), bool)
     if floor is not None:
         frozen[law.parameters.index("E")] = True
@@ -312,7 +351,8 @@ def fit(
     starts = law.starts(u, y)
     if floor is not None:
         starts[:, 0] = floor / scale
-    theta, value, share, gap = _search(law, u, y, weights, objective, frozen, starts, thorough)
+    best = _search(law, u, y, weights, objective, frozen, starts, thorough)
+    theta = best.theta
     fitted, gradient = law.evaluate(theta[None], u)
     residual, jac = objective.residuals(fitted, gradient, y)
     jacobian = jac[0][~frozen]
@@ -322,27 +362,28 @@ def fit(
     small *= _robust_correction(objective, within[0], len(points), free)
     covariance = np.zeros((len(theta), len(theta)))
     covariance[np.ix_(~frozen, ~frozen)] = small
-    warned += _remarks(law, theta, frozen, share, gap, jacobian, weights)
+    warned += _remarks(law, best, frozen, jacobian, weights)
     aicc = _aicc(points, fitted[0] * scale, free)
     return Fit(
-        law, points, objective, theta, value, center, scale, frozen, weights, residual[0], jacobian, covariance,
-        within, between, len(starts), share, gap, aicc, tuple(warned), seeds,
+        law, points, objective, theta, best.value, center, scale, frozen, weights, residual[0], jacobian, covariance,
+        within, between, len(starts), best.share, best.gap, aicc, tuple(warned), seeds,
     )  # fmt: skip
 
 
-def _remarks(
-    law: Law, theta: Array, frozen: np.ndarray, share: float, gap: float | None, jac: Array, weights: Array
-) -> list[Warned]:
+def _remarks(law: Law, best: _Optimum, frozen: np.ndarray, jac: Array, weights: Array) -> list[Warned]:
     low, high = law.bounds()
     warned = []
-    for name, value, a, b, held in zip(law.parameters, theta, low, high, frozen, strict=True):
+    for name, value, a, b, held in zip(law.parameters, best.theta, low, high, frozen, strict=True):
         if not held and (value <= a + 1e-12 or value >= b - 1e-12):
             message = f"{name} ended at its bound {value:.4g} (exponents in {EXPONENT_BOUNDS}, floors >= 0)"
             warned.append(Warned("AT_BOUND", message, name != "E"))
-    if share < 0.2:
-        warned.append(Warned("FEW_STARTS", f"only {share:.0%} of the starts reached the best objective"))
-    if gap is not None and abs(gap) > 1e-4:
-        warned.append(Warned("STARTS_DISAGREE", f"variable projection differs from the multi-start by {gap:.2e}", True))
+    if not best.converged:
+        warned.append(Warned("NOT_CONVERGED", "the search ended before the objective was flat: no optimum yet", True))
+    if best.share < 0.2:
+        warned.append(Warned("FEW_STARTS", f"only {best.share:.0%} of the starts reached the best objective"))
+    if best.gap is not None and abs(best.gap) > 1e-4:
+        message = f"variable projection differs from the multi-start by {best.gap:.2e}"
+        warned.append(Warned("STARTS_DISAGREE", message, True))
     columns = jac * np.sqrt(weights)
     columns = columns / np.maximum(np.linalg.norm(columns, axis=1, keepdims=True), 1e-300)
     condition = np.linalg.cond(columns)

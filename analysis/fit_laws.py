@@ -22,7 +22,7 @@ if str(ROOT) not in sys.path:
 # the matrices here are 5 x 5: threads would only wait for each other
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from analysis.answers import beside  # noqa: E402
+from analysis import answers, images  # noqa: E402
 from analysis.assemble import assemble  # noqa: E402
 from analysis.bootstrap import METHODS  # noqa: E402
 from analysis.changes import changes, in_words  # noqa: E402
@@ -42,7 +42,8 @@ EXAMPLES = """examples:
 
 laws: power A N^-a | power-floor E + A N^-a | compute E + A C^-a | chinchilla E + A N^-a + B D^-b | kaplan | broken
 (one break) | logit, logit-joint (bounded scores, along one axis or in N and D). A table that cannot answer:
-one line with a [CODE], exit code 2. per_prompt.parquet beside the table pairs arms prompt by prompt."""
+one line with a [CODE], exit code 2. per_prompt.parquet and per_image.parquet beside the table pair runs prompt by
+prompt and image by image."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     columns.add_argument("--cluster", metavar="COLUMN", help="rows that share it are not independent (trunk_id)")
     how = p.add_argument_group("fit")
     how.add_argument("--law", action="append", default=[], choices=LAW_NAMES, help="repeatable (each metric's own)")
-    how.add_argument("--objective", choices=OBJECTIVES, help="huber-log; scores: quasi-binomial; val_nll: lse")
+    how.add_argument(
+        "--objective", choices=OBJECTIVES, help="huber-log; scores: quasi-binomial; lse: raw scale, any sign (val_nll)"
+    )
     how.add_argument(
         "--delta", type=float, default=HUBER_DELTA, help=f"Huber threshold on log residuals ({HUBER_DELTA})"
     )
@@ -124,7 +127,7 @@ def _table_path(path: Path) -> Path:
 def _load(args: argparse.Namespace, path: Path) -> Table:
     group = None if args.group is None else tuple(filter(None, args.group.split(",")))
     table = load(path, n=args.n, d=args.d, c=args.c, group=group, cluster=args.cluster, se=args.se)
-    return replace(table, answers=beside(path))
+    return replace(table, answers=answers.beside(path), images=images.beside(path))
 
 
 def _choice(args: argparse.Namespace) -> Choice:

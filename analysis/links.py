@@ -37,7 +37,7 @@ def join(loss: Points, metric: Points) -> Joined:
     """The rows that carry both."""
     shared, left, right = np.intersect1d(loss.rows, metric.rows, return_indices=True)
     del shared
-    return Joined(loss.n[left], loss.c[left], loss.y[left], metric.y[right], metric.se[right])
+    return Joined(loss.rung[left], loss.c[left], loss.y[left], metric.y[right], metric.se[right])
 
 
 def pearson(x: Array, y: Array, level: float) -> tuple[float, float, float] | None:
@@ -76,16 +76,16 @@ def rungs_of(joined: Joined) -> Array:
 def _chained(joined: Joined, loss: Points, refit: Refit) -> list[dict[str, float]]:
     """N -> predicted loss -> metric for the next rung: both steps know the smaller rungs only."""
     out = []
+    top = loss.largest_data()
     for size in rungs(loss)[3:]:
         below, here = joined.n < size, joined.n == size
         try:
-            law = refit(loss.take(loss.n < size))
+            law = refit(loss.take(loss.rung < size))
         except InvalidTable:
             continue
         if below.sum() < 3 or not here.any():
             continue
-        top = loss.largest_data()
-        place = top.take(top.n == size)
+        place = top.take(top.rung == size)
         said_loss = law.predict(**{a: place.axis(a)[:1] for a in law.law.axes})[0]
         intercept, slope = _line(joined.loss[below], joined.value[below])
         said, measured = intercept + slope * float(said_loss), float(joined.value[here].mean())
@@ -111,7 +111,7 @@ def link(loss: Points, metric: Points, refit: Refit, level: float) -> dict[str, 
     intercept, slope = _line(joined.loss, joined.value)
     fitted = intercept + slope * joined.loss
     relative = metric.kind == "distance"
-    held, chained = _held_out(joined), _chained(joined, loss.largest_data(), refit)
+    held, chained = _held_out(joined), _chained(joined, loss, refit)
     inside = [{"error": f - y, "measured": y} for f, y in zip(fitted, joined.value, strict=True)]
     return {
         "group": dict(loss.group), "loss": loss.metric, "metric": metric.metric, "unit": metric.unit,

@@ -264,8 +264,9 @@ def rollouts(doc: Document) -> Listing:
     for f in doc["fits"]:
         if not f["rollout"] or f["metric"].startswith("geneval_"):
             continue
-        top = max(e["held_out"]["n"] for e in f["rollout"])
-        for e in (e for e in f["rollout"] if e["held_out"]["n"] == top):
+        axis = "n" if f["rollout"][0]["held_out"]["n"] else f["axes"][0]
+        top = max(e["held_out"][axis] for e in f["rollout"])
+        for e in (e for e in f["rollout"] if e["held_out"][axis] == top):
             low, high = e["interval"]
             half = (high - low) / 2 / abs(e["predicted"]) if f["metric"] != "val_nll" else None
             rows.append((label_of(f["group"]), title_of(f["metric"]), f["law"], ", ".join(f["axes"]).upper(),

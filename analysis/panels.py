@@ -103,6 +103,9 @@ def log_axis(axis: Any, low: float, high: float, compute: bool = False) -> None:
 
 def save(figure: Figure, folder: Path, name: str) -> bytes:
     """Writes name.png and name.svg under folder; returns the PNG's bytes."""
+    # one layout serves both formats, and costs more than drawing either
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     images = {}
     for suffix in ("png", "svg"):
         buffer = io.BytesIO()

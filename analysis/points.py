@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.answers import Answers, of_metric
+from analysis.images import aligned, paired_errors
 from analysis.laws import Array
 from analysis.table import InvalidTable, Table, kind_of, numbers
 
@@ -20,7 +21,8 @@ class Points:
 
     `floor` and `real_floor` are a distance's reconstruction and real-to-real floors, `ceiling` a score's best value
     reachable through the tokenizer; None where the table does not give them. `answers` are a score's results prompt by
-    prompt, by row, where they lie beside the table.
+    prompt and `images` a loss image by image, by row, where they lie beside the table. `mixed` names settings in which
+    rows of one size and data size differ: such points are shown, and no law, comparison or prediction rests on them.
     """
 
     group: Mapping[str, str]
@@ -38,15 +40,25 @@ class Points:
     cluster: np.ndarray
     seed: np.ndarray
     answers: Mapping[int, Answers] = field(default_factory=dict)
+    images: Mapping[int, Array] = field(default_factory=dict)
     floor: float | None = None
     real_floor: float | None = None
     ceiling: float | None = None
+    mixed: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.y)
 
     def axis(self, name: str) -> Array:
         return {"n": self.n, "d": self.d, "c": self.c}[name]
+
+    @cached_property
+    def error(self) -> Array:
+        """Standard errors (n,) between these points: paired over images where all saw the same ones."""
+        relative = self.kind == "loss"
+        values = aligned([self.images.get(int(r)) for r in self.rows], relative)
+        found = None if values is None else paired_errors(values)
+        return self.se if found is None else found * (self.y if relative else 1.0)
 
     def take(self, mask: np.ndarray) -> Points:
         """The points that a boolean mask or an index array selects."""
@@ -62,6 +74,16 @@ class Points:
             most[self.n == size] = self.d[self.n == size].max()
         top = self.d >= most * (1 - 1e-9)
         return self if top.all() else self.take(top)
+
+    @cached_property
+    def rung_axis(self) -> str:
+        """The axis that orders the ladder: N, or C or D in a table that lacks it."""
+        return next((axis for axis in ("n", "c", "d") if np.isfinite(self.axis(axis)).all()), "n")
+
+    @property
+    def rung(self) -> Array:
+        """Each point's place on the ladder."""
+        return self.axis(self.rung_axis)
 
     @cached_property
     def name(self) -> str:
@@ -88,8 +110,18 @@ class Points:
             same &= np.isin(self.count, top.count) | ~np.isfinite(self.count)
         return self.take(same)
 
+    def agree_in_settings(self) -> None:
+        """Raises InvalidTable where rows of one size and data size were made under several values of a setting."""
+        if self.mixed:
+            names = ", ".join(self.mixed)
+            raise InvalidTable(
+                "MIXED_SETTINGS", f"{self.name}: runs of one size and data size differ in {names}: they cannot share "
+                "a law; name a column of their values with --group, or fit a table of one of them"
+            )  # fmt: skip
+
     def agree(self) -> None:
-        """Raises InvalidTable where units, protocols or sample counts of a biased metric are mixed."""
+        """Raises InvalidTable where settings, units, protocols or sample counts of a biased metric are mixed."""
+        self.agree_in_settings()
         labels = [("MIXED_UNITS", "units", self.units), ("MIXED_PROTOCOLS", "protocols", self.protocols)]
         if self.kind == "distance":
             labels.append(("MIXED_COUNTS", "sample counts", self.count[np.isfinite(self.count)]))
@@ -131,6 +163,13 @@ def _answers(table: Table, rows: pd.DataFrame, metric: str) -> dict[int, Answers
     return {row: one for row, one in found.items() if one is not None}
 
 
+def _images(table: Table, rows: pd.DataFrame, metric: str) -> dict[int, Array]:
+    if not table.images or "run_id" not in rows:
+        return {}
+    keys = ((int(row), (str(run), metric)) for row, run in zip(rows["_row"], rows["run_id"], strict=True))
+    return {row: table.images[key] for row, key in keys if key in table.images}
+
+
 def _constant(rows: pd.DataFrame, column: str) -> float | None:
     if column not in rows:
         return None
@@ -144,7 +183,7 @@ def _bad_values(values: Array, kind: str, metric: str) -> tuple[np.ndarray, str]
         if kind == "score":
             return (values < 0) | (values > 1), f"{metric} is outside [0, 1]"
         if kind in ("loss", "distance"):
-            return values <= 0, f"{metric} is not positive (its law has a logarithm; only a signed metric may be)"
+            return values <= 0, f"{metric} is not positive, and its law has a logarithm (--objective lse has none)"
     return np.zeros(len(values), bool), ""
 
 
@@ -178,6 +217,14 @@ def _drop_duplicates(rows: pd.DataFrame, table: Table, metric: str, excluded: li
     return rows
 
 
+def _read_columns(table: Table, rows: pd.DataFrame, metric: str) -> list[str]:
+    """The columns behind one metric: copying the hundred others with every step would cost more than the fits."""
+    own = table.columns
+    about = ("", "_se", "_unit", "_n", "_protocol", "_protocol_any_n", "_floor", "_real_floor")
+    keys = {"_row", "run_id", own.n, own.d, own.c, own.cluster, own.seed, own.se, "geneval_ceiling"}
+    return [c for c in rows.columns if c in keys or c in {metric + suffix for suffix in about}]
+
+
 def select(
     table: Table, group: Mapping[str, str], rows: pd.DataFrame, metric: str, kind: str | None = None
 ) -> tuple[Points, list[dict]]:
@@ -187,6 +234,7 @@ def select(
         message = f"{table.source} has no column {metric} (it has {have}): name yours with --metric"
         raise InvalidTable("MISSING_COLUMN", message)
     kind = kind or kind_of(metric) or "loss"
+    rows = rows[_read_columns(table, rows, metric)]
     excluded: list[dict] = []
     values, blank, broken = numbers(rows[metric])
     outside, why = _bad_values(values, kind, metric)
@@ -222,6 +270,7 @@ def select(
         cluster=_codes(rows, columns.cluster),
         seed=_labels(rows, columns.seed or ""),
         answers=_answers(table, rows, metric) if kind == "score" else {},
+        images=_images(table, rows, metric) if kind in ("loss", "signed") else {},
         floor=_constant(rows, f"{metric}_floor") if kind == "distance" else None,
         real_floor=_constant(rows, f"{metric}_real_floor"),
         ceiling=_constant(rows, "geneval_ceiling") if kind == "score" and metric == "geneval" else None,

@@ -45,10 +45,10 @@ def register(
     if len(sizes) < 2:
         return []
     top = points.largest_data()
-    last = top.take(top.n == sizes[-1])
+    last = top.take(top.rung == sizes[-1])
     places = [{axis: float(last.axis(axis)[0]) for axis in AXES if np.isfinite(last.axis(axis)[0])}]
-    jobs = [(points.take(points.n < sizes[-1]), places)]
-    jobs.append((points, [dict(p) for p in planned if p["n"] > sizes[-1]]))
+    jobs = [(points.take(points.rung < sizes[-1]), places)]
+    jobs.append((points, [dict(p) for p in planned if p[points.rung_axis] > sizes[-1]]))
     out = []
     for used, targets in jobs:
         if not targets:
@@ -73,7 +73,7 @@ def _measure(entry: dict[str, Any], points: Sequence[Points], today: str) -> Non
     for p in points:
         if dict(p.group) != entry["group"] or p.metric != entry["metric"]:
             continue
-        sizes = [axis for axis in ("n", "d") if axis in entry["target"]]
+        sizes = [axis for axis in ("n", "d") if axis in entry["target"]] or list(entry["target"])
         here = np.all([np.isclose(p.axis(a), entry["target"][a], rtol=1e-9) for a in sizes], axis=0)
         if here.any():
             value = float(p.y[here].mean())

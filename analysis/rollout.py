@@ -13,14 +13,14 @@ import numpy as np
 from analysis.fit import Fit
 from analysis.intervals import predict
 from analysis.points import Points
-from analysis.table import InvalidTable
+from analysis.table import AXES, InvalidTable
 
 Refit = Callable[[Points], Fit]
 
 
 def rungs(points: Points) -> np.ndarray:
-    """The distinct model sizes, ascending."""
-    return np.unique(points.n[np.isfinite(points.n)])
+    """The distinct places on the ladder, ascending: model sizes, where the table has them."""
+    return np.unique(points.rung[np.isfinite(points.rung)])
 
 
 def held_out(points: Points, fit: Fit, level: float) -> list[dict[str, Any]]:
@@ -33,7 +33,7 @@ def held_out(points: Points, fit: Fit, level: float) -> list[dict[str, Any]]:
         # a signed metric has no meaningful zero to be relative to
         relative = said.mean / measured - 1 if measured and points.kind != "signed" else None
         out.append({
-            "held_out": {"row": int(points.rows[i]), "n": float(points.n[i]), "d": float(points.d[i])},
+            "held_out": {"row": int(points.rows[i]), **{axis: float(points.axis(axis)[i]) for axis in AXES}},
             "predicted": said.mean, "interval": [said.run_low, said.run_high], "mean_interval": [said.low, said.high],
             "measured": measured, "relative_error": relative,
             "covered": bool(said.run_low <= measured <= said.run_high), "decades": said.decades,
@@ -48,12 +48,12 @@ def rollout(points: Points, refit: Refit, level: float) -> list[dict[str, Any]]:
     top = points.largest_data()
     out = []
     for k in range(2, len(sizes)):
-        below = points.take(points.n < sizes[k])
+        below = points.take(points.rung < sizes[k])
         try:
             fitted = refit(below)
         except InvalidTable:
             continue
-        out += held_out(top.take(top.n == sizes[k]), fitted, level)
+        out += held_out(top.take(top.rung == sizes[k]), fitted, level)
     return out
 
 

@@ -1,7 +1,8 @@
-"""How an exponent moves with choices that are not the data's: objective, dropped rungs, what counts as a parameter."""
+"""How an exponent moves with choices that are not the data's: objective, dropped rows and rungs, what N and C count."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,11 @@ import pandas as pd
 
 from analysis.fit import Fit, fit
 from analysis.intervals import parameter_intervals
-from analysis.points import Points
+from analysis.laws import Array
+from analysis.points import Points, select
 from analysis.solver import Objective
-from analysis.table import InvalidTable, numbers
+from analysis.study import suited
+from analysis.table import InvalidTable, Table, numbers
 
 # what else may be called N: with and without embeddings and text
 CONVENTIONS = {
@@ -20,49 +23,84 @@ CONVENTIONS = {
     "body and head": ("params_body", "params_head"),
     "without embeddings": ("params_text", "params_body", "params_head"),
 }
+# FLOPs of a parameter and token in training, forward and backward: Kaplan et al. 2020 (arXiv 2001.08361), 2.1
+FLOPS_PER_PARAMETER_AND_TOKEN = 6.0
+Variant = tuple[str, Points, Objective, str]
 
 
-def _recounted(points: Points, frame: pd.DataFrame, parts: tuple[str, ...]) -> Points | None:
-    if not set(parts) <= set(frame.columns):
+def _columns(points: Points, frame: pd.DataFrame, names: tuple[str, ...]) -> list[Array] | None:
+    """The named columns at the points' rows; None unless all are there and known."""
+    if not set(names) <= set(frame.columns):
         return None
     rows = frame.set_index("_row").loc[points.rows]
-    n = np.sum([numbers(rows[part])[0] for part in parts], axis=0)
-    return replace(points, n=n) if np.isfinite(n).all() and (n > 0).all() else None
+    values = [numbers(rows[name])[0] for name in names]
+    return values if all(np.isfinite(v).all() for v in values) else None
 
 
-def _variants(base: Fit, frame: pd.DataFrame) -> list[tuple[str, Points, Objective, str]]:
-    """(name, points, objective, reason) of every alternative to `base`."""
-    points, sizes = base.points, np.unique(base.points.n)
-    second = Objective("lse-log") if base.objective.robust else Objective("huber-log")
-    out = [(f"objective {second.name}", points, second, "a second objective")]
-    for name, keep in (
-        ("without the smallest size", points.n > sizes[0]),
-        ("without the largest size", points.n < sizes[-1]),
-    ):
-        out.append((name, points.take(keep), base.objective, "one rung dropped, to see what it carries"))
+def _parameter_conventions(points: Points, frame: pd.DataFrame) -> Iterator[tuple[str, Points]]:
     for name, parts in CONVENTIONS.items():
-        recounted = _recounted(points, frame, parts)
-        if recounted is not None and "n" in base.law.axes:
-            out.append((f"N = {name}", recounted, base.objective, "another counting convention"))
-    return out
+        found = _columns(points, frame, parts)
+        if found is not None and (np.sum(found, axis=0) > 0).all():
+            yield f"N = {name}", replace(points, n=np.sum(found, axis=0))
 
 
-def sensitivity(base: Fit, frame: pd.DataFrame, level: float) -> list[dict[str, Any]]:
+def _compute_conventions(points: Points, frame: pd.DataFrame) -> Iterator[tuple[str, Points]]:
+    """C without the head's repeats, and the rule of thumb that counts neither head nor attention."""
+    parts = _columns(points, frame, ("flops_per_image_body", "flops_per_image_head"))
+    if parts is not None and (parts[0] > 0).all():
+        yield "C = body only", replace(points, c=points.c * parts[0] / (parts[0] + parts[1]))
+    known = _columns(points, frame, ("params_total", "tokens_seen"))
+    if known is not None and (known[0] * known[1] > 0).all():
+        yield "C = 6 N tokens", replace(points, c=FLOPS_PER_PARAMETER_AND_TOKEN * known[0] * known[1])
+
+
+def _restored(base: Fit, table: Table) -> Iterator[Variant]:
+    """With the group's rows that were left out as unfinished put back."""
+    points, left = base.points, table.left_out
+    for name, value in points.group.items():
+        left = left.loc[left[name].astype(str) == value]
+    if not len(left):
+        return
+    whole = pd.concat([table.frame, left])
+    for name, value in points.group.items():
+        whole = whole.loc[whole[name].astype(str) == value]
+    found, _ = select(table, points.group, whole, points.metric, points.kind)
+    back = suited(base.law, found)
+    count = len(np.setdiff1d(back.rows, points.rows))
+    if count:
+        yield f"with {count} unfinished runs", back, base.objective, "what was left out for its status, put back"
+
+
+def _variants(base: Fit, table: Table) -> Iterator[Variant]:
+    """(name, points, objective, reason) of every alternative to `base`."""
+    points, sizes = base.points, np.unique(base.points.rung)
+    second = Objective("lse-log") if base.objective.robust else Objective("huber-log")
+    yield f"objective {second.name}", points, second, "a second objective"
+    yield from _restored(base, table)
+    for name, keep in (
+        ("without the smallest size", points.rung > sizes[0]),
+        ("without the largest size", points.rung < sizes[-1]),
+    ):
+        yield name, points.take(keep), base.objective, "one rung dropped, to see what it carries"
+    counted = _parameter_conventions if "n" in base.law.axes else _compute_conventions
+    for name, recounted in counted(points, table.frame):
+        yield name, recounted, base.objective, "another counting convention"
+
+
+def sensitivity(base: Fit, table: Table, level: float) -> list[dict[str, Any]]:
     """One row a choice with the exponents it gives; the first row is the fit as reported."""
     if not base.objective.logarithmic:
         return []
     floor = base.parameter("E").value if base.frozen.any() else None
     rows = [_row("as reported", base, "", level)]
-    for label, points, objective, reason in _variants(base, frame):
+    for label, points, objective, reason in _variants(base, table):
         try:
-            rows.append(
-                _row(label, fit(base.law, points, objective, floor, thorough=False, seeds=base.seeds), reason, level)
-            )
+            fitted = fit(base.law, points, objective, floor, thorough=False, seeds=base.seeds)
+            rows.append(_row(label, fitted, reason, level))
         except InvalidTable as error:
             rows.append({"choice": label, "reason": reason, "code": error.code})
-    return [
-        {"group": dict(base.points.group), "metric": base.points.metric, "law": base.law.name, **row} for row in rows
-    ]
+    shared = {"group": dict(base.points.group), "metric": base.points.metric, "law": base.law.name}
+    return [{**shared, "axes": list(base.law.axes), **row} for row in rows]
 
 
 def _row(label: str, fitted: Fit, reason: str, level: float) -> dict[str, Any]:

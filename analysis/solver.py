@@ -14,8 +14,10 @@ from analysis.laws import Array, Law, SumLaw
 
 # Hoffmann et al. 2022 (arXiv 2203.15556), appendix D.2
 HUBER_DELTA = 1e-3
-# a relative fall of the objective that rounding alone can make
-IDLE = 1e-14
+# a relative fall of the objective that rounding alone can make, and that share of a coarser tolerance
+IDLE, IDLE_SHARE = 1e-14, 1e-3
+# where only the valley is looked for: what is found there is finished at full tolerance
+SCREEN_TOLERANCE = 1e-6
 # damping at which a step that does not descend shows the optimum: at 1 it already majorises the objective
 NO_DESCENT = 1e5
 OBJECTIVES = ("huber-log", "lse-log", "lse", "quasi-binomial")
@@ -147,7 +149,7 @@ def minimise(
     theta = np.where(frozen, start, np.clip(start, low, high))
     final, reached, done = theta.copy(), np.full(batch, np.inf), np.zeros(batch, bool)
     live = np.arange(batch)
-    state = _look(law, u, y, weights, objective, theta)
+    state, idly = _look(law, u, y, weights, objective, theta), max(IDLE, IDLE_SHARE * tolerance)
     state.damping = np.full(batch, 1.0 if objective.robust else 1e-3)
     for _ in range(iterations):
         y_live, w_live = y[live], weights[live]
@@ -157,7 +159,7 @@ def minimise(
         seen = _look(law, u, y_live, w_live, objective, trial)
         better = seen.objective < state.objective
         with np.errstate(invalid="ignore"):
-            idle = state.objective - seen.objective <= IDLE * np.abs(state.objective)
+            idle = state.objective - seen.objective <= idly * np.abs(state.objective)
         stop = np.where(better, ((moved < tolerance) | idle) & (state.damping < 1e-2), state.damping > NO_DESCENT)
         stop |= ~better & (moved < tolerance)
         harder = np.maximum(state.damping, 1e-8) * 8.0
@@ -197,7 +199,7 @@ def project(
         start[:, f : f + k] = np.log(y.mean() / (k + 1))
         start[:, :f] = y.min() * 0.5
         start = np.where(frozen, theta, start)
-        solved = minimise(law, u, y, start, objective, weights, fixed, iterations=60, tolerance=1e-9)
+        solved = minimise(law, u, y, start, objective, weights, fixed, iterations=30, tolerance=SCREEN_TOLERANCE)
         best = solved.theta[np.argmin(solved.value)]
         ratio = (high / low) ** (1.5 / (count - 1))
         low, high = np.maximum(best[f + k :] / ratio, 1e-4), np.minimum(best[f + k :] * ratio, 5.0)

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 
 from analysis.fit import Fit, SeedVariance, Warned, default_objective, fit
 from analysis.laws import Law, law
 from analysis.noise import lack_of_fit, pooled, seed_noise, seed_variance
 from analysis.points import Points, select
+from analysis.settings import varied
 from analysis.solver import HUBER_DELTA, Objective
-from analysis.table import InvalidTable, Table
+from analysis.table import InvalidTable, Table, kind_of, numbers
 
 # a point this many standard errors from its floor, or less, says that the floor is not one
 FLOOR_TOUCH = 2.0
@@ -47,6 +49,11 @@ class Study:
     fits: tuple[Fit, ...]
     refused: tuple[Mapping[str, object], ...]
     excluded: tuple[Mapping[str, object], ...]
+
+    @property
+    def sound(self) -> list[Points]:
+        """The points that may be compared and predicted: those of groups whose settings agree."""
+        return [p for p in self.points if not p.mixed]
 
     def find(self, metric: str, law_name: str, axes: tuple[str, ...] | None = None) -> list[Fit]:
         """Fits of one metric and law over all groups, in the table's order."""
@@ -136,6 +143,22 @@ def _axis(name: str, points: Points) -> str:
     return next((axis for axis in order if np.isfinite(points.axis(axis)).all()), order[0])
 
 
+def _signed(rows: pd.DataFrame, metric: str, choice: Choice) -> str | None:
+    """A metric of others, asked for on its raw scale and not positive throughout, may have any sign."""
+    if choice.objective != "lse" or kind_of(metric) is not None or metric not in rows:
+        return None
+    values = numbers(rows[metric])[0]
+    return "signed" if (values[np.isfinite(values)] <= 0).any() else None
+
+
+def _refusal(
+    group: Mapping[str, str], metric: str, error: InvalidTable, chosen: Law | None = None
+) -> dict[str, object]:
+    """What laws.json says of a law that was not fitted; without one, of all laws of a metric in a group."""
+    law_of = {"law": chosen.name, "axes": list(chosen.axes)} if chosen else {"law": None}
+    return {"group": dict(group), "metric": metric, **law_of, "code": error.code, "message": error.args[0]}
+
+
 def _selected(table: Table, choice: Choice) -> tuple[list[Points], list[dict], list[dict]]:
     """The points of every metric and group, what was refused, what was excluded."""
     metrics: Sequence[str] = choice.metrics or table.metrics()
@@ -143,20 +166,31 @@ def _selected(table: Table, choice: Choice) -> tuple[list[Points], list[dict], l
         raise InvalidTable("NO_METRIC", f"{table.source} has no metric of the known schema: name one with --metric")
     kind = "score" if choice.laws and set(choice.laws) <= {"logit", "logit-joint"} else None
     found, refused, excluded = [], [], list(table.excluded)
+    groups = [(group, rows, tuple(varied(rows, table.cell))) for group, rows in table.groups()]
     for metric in metrics:
-        for group, rows in table.groups():
+        for group, rows, mixed in groups:
             try:
-                points, dropped = select(table, group, rows, metric, kind)
+                points, dropped = select(table, group, rows, metric, kind or _signed(rows, metric, choice))
             except InvalidTable as error:
                 if choice.metrics:
                     raise
-                entry = {"group": group, "metric": metric, "law": None}
-                refused.append({**entry, "code": error.code, "message": error.args[0]})
+                refused.append(_refusal(group, metric, error))
                 continue
             excluded += [{**e, "metric": metric} for e in dropped]
-            if len(points):
-                found.append(points)
+            if not len(points):
+                continue
+            found.append(replace(points, mixed=mixed))
+            try:
+                found[-1].agree_in_settings()
+            except InvalidTable as error:
+                refused.append(_refusal(group, metric, error))
     return found, refused, excluded
+
+
+def _gone(excluded: Sequence[Mapping[str, object]]) -> str:
+    """What was left out before a refusal, since that may be its cause."""
+    reasons = dict.fromkeys(str(e["reason"]) for e in excluded)
+    return f" ({len(excluded)} rows were left out: {'; '.join(list(reasons)[:2])})" if excluded else ""
 
 
 def _replicated(points: Sequence[Points]) -> dict[tuple[str, str], SeedVariance]:
@@ -175,16 +209,15 @@ def study(table: Table, choice: Choice) -> Study:
     found, refused, excluded = _selected(table, choice)
     seeds, fits = _replicated(found), []
     for points in found:
-        for chosen in _requested(points, choice):
+        for chosen in [] if points.mixed else _requested(points, choice):
             if not choice.laws and not _axes_present(chosen, table):
                 continue
             try:
                 fits.append(fit_one(chosen, points, choice, seeds=seeds[points.metric, points.unit]))
             except InvalidTable as error:
-                entry = {"group": dict(points.group), "metric": points.metric, "law": chosen.name}
-                refused.append({**entry, "axes": list(chosen.axes), "code": error.code, "message": error.args[0]})
+                refused.append(_refusal(points.group, points.metric, error, chosen))
     if not fits and choice.explicit and refused:
-        raise InvalidTable(str(refused[0]["code"]), str(refused[0]["message"]))
+        raise InvalidTable(str(refused[0]["code"]), f"{refused[0]['message']}{_gone(excluded)}")
     if not found:
         first = refused[0] if refused else excluded[0] if excluded else None
         detail = first.get("message", first.get("reason")) if first else "every metric cell is blank"

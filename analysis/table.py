@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from analysis.settings import splitting
+
 if TYPE_CHECKING:
     from analysis.answers import Answers
 
@@ -29,6 +31,8 @@ LOSSES = ("val_loss",)
 SIGNED = ("val_nll",)
 DISTANCES = ("fd", "fid")
 SCORE_PREFIX = "geneval"
+# the name of a group whose cell is empty
+BLANK = "(blank)"
 KINDS = ("loss", "signed", "distance", "score")
 
 
@@ -63,7 +67,8 @@ class Columns:
 class Table:
     """Usable rows (axes as floats), what was excluded, and the sha256 of the bytes it was read from.
 
-    `answers` holds results prompt by prompt, by (run id, metric), where they lie beside the table.
+    `left_out` are the rows dropped for their status alone. `answers` holds results prompt by prompt and
+    `images` losses image by image, by (run id, metric), where they lie beside the table.
     """
 
     frame: pd.DataFrame
@@ -72,8 +77,14 @@ class Table:
     sha256: str
     n_rows: int
     excluded: tuple[dict, ...] = ()
-    own: bool = False
+    left_out: pd.DataFrame = field(default_factory=pd.DataFrame)
     answers: Mapping[tuple[str, str], Answers] = field(default_factory=dict)
+    images: Mapping[tuple[str, str], np.ndarray] = field(default_factory=dict)
+
+    @property
+    def cell(self) -> list[str]:
+        """The columns that say which size and data size a row is of."""
+        return _cell(self.frame, self.columns.n, self.columns.d)
 
     def groups(self) -> list[tuple[dict[str, str], pd.DataFrame]]:
         """Every group with its rows, in the table's order of first appearance."""
@@ -82,8 +93,9 @@ class Table:
         parts = self.frame.groupby(list(self.columns.group), sort=False, dropna=False)
         out = []
         for key, rows in parts:
-            names = key if isinstance(key, tuple) else (key,)
-            out.append((dict(zip(self.columns.group, map(str, names), strict=True)), rows))
+            parts_of = key if isinstance(key, tuple) else (key,)
+            names = (str(k) if str(k).strip() and not pd.isna(k) else BLANK for k in parts_of)
+            out.append((dict(zip(self.columns.group, names, strict=True)), rows))
         return out
 
     def metrics(self) -> list[str]:
@@ -120,13 +132,10 @@ def read(path: Path | str) -> tuple[pd.DataFrame, str]:
     try:
         if path.suffix in (".parquet", ".pq"):
             frame = pd.read_parquet(io.BytesIO(blob))
-        elif path.suffix in (".jsonl", ".ndjson"):
-            frame = pd.DataFrame([json.loads(line) for line in blob.decode("utf-8-sig").splitlines() if line.strip()])
+        elif path.suffix in (".jsonl", ".ndjson", ".json"):
+            frame = _from_json(blob.decode("utf-8-sig"))
         else:
-            lines = blob.decode("utf-8-sig").splitlines(keepends=True)
-            notes = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
-            text = "".join(lines[notes:])
-            frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, skipinitialspace=True)
+            frame = _from_csv(blob.decode("utf-8-sig"))
     except (ValueError, OSError, pd.errors.ParserError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidTable(
@@ -135,6 +144,25 @@ def read(path: Path | str) -> tuple[pd.DataFrame, str]:
     if frame.empty:
         raise InvalidTable("NO_ROWS", f"{path} has a header but no rows: nothing has finished yet")
     return frame, sha
+
+
+def _from_json(text: str) -> pd.DataFrame:
+    """One JSON object a line, or one list of them. Raises ValueError."""
+    whole = text.lstrip().startswith("[")
+    rows = json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a row is no JSON object of column: value")
+    return pd.DataFrame(rows)
+
+
+def _from_csv(text: str) -> pd.DataFrame:
+    """Comma, semicolon or tab, whichever the header has; lines that begin with # before it are notes."""
+    lines = text.splitlines(keepends=True)
+    notes = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    header = lines[notes] if notes < len(lines) else ""
+    mark = next((mark for mark in ",;\t" if mark in header), ",")
+    table = io.StringIO("".join(lines[notes:]))
+    return pd.read_csv(table, sep=mark, dtype=str, keep_default_na=False, skipinitialspace=True)
 
 
 def _read_runs(folder: Path) -> tuple[pd.DataFrame, str]:
@@ -191,13 +219,15 @@ def prepare(
 ) -> Table:
     """A frame from anywhere (read-only and nullable columns included; it is not modified) -> Table.
 
-    n, d, c, group, cluster, seed and se name columns; without n, d and c those of our own schema are expected.
+    n, d, c, group, cluster, seed and se name columns; without n, d and c those of our own schema are expected. Without
+    `group`, settings that vary within a size and cut the rows into whole ladders are part of the group.
     """
     if frame.empty:
         raise InvalidTable("NO_ROWS", f"{source} has no rows")
     own = not (n or d or c)
     named = OWN_COLUMNS if own else {"n": n, "d": d, "c": c}
     axes = {axis: name for axis, name in named.items() if name and not (own and axis == "c" and name not in frame)}
+    given = group is not None
     group = tuple(group) if group is not None else tuple(g for g in OWN_GROUP if own and g in frame)
     cluster = cluster or ("trunk_id" if "trunk_id" in frame else None)
     seed = seed or ("seed" if "seed" in frame else None)
@@ -213,12 +243,21 @@ def prepare(
     out["_row"] = np.arange(len(out))
     excluded: list[dict] = []
     out = _drop_bad_axes(out, axes, excluded)
+    measurable = out
     out = _drop_unfinished(out, excluded)
+    left_out = measurable.loc[~measurable["_row"].isin(out["_row"])]
+    if not given:
+        group += tuple(splitting(out, group, _cell(out, axes.get("n"), axes.get("d"))))
     columns = Columns(axes.get("n"), axes.get("d"), axes.get("c"), group, cluster, seed, se)
     if out.empty:
         reasons = "; ".join(sorted({e["reason"] for e in excluded})[:3])
         raise InvalidTable("NO_USABLE_ROWS", f"{source}: all {len(frame)} rows are excluded ({reasons})")
-    return Table(out, columns, source, sha, len(frame), tuple(excluded), own)
+    return Table(out, columns, source, sha, len(frame), tuple(excluded), left_out)
+
+
+def _cell(frame: pd.DataFrame, n: str | None, d: str | None) -> list[str]:
+    """Sizes go by name: a setting may change a model's parameters a little."""
+    return [c for c in ("size" if "size" in frame else n, d) if c is not None]
 
 
 def _exclude(frame: pd.DataFrame, mask: np.ndarray, code: str, reason: str, excluded: list[dict]) -> pd.DataFrame:

@@ -297,15 +297,19 @@ CLAIMS: tuple[tuple[int, str, Callable[[Evidence], Judgement]], ...] = (
 
 
 def verdicts(points: Sequence[Points], fits: Sequence[Fit], level: float) -> list[dict[str, Any]]:
-    """Every claim with its verdict, effect, interval and rows; [] for tables without token_kind and order."""
-    own = [p for p in points if {"token_kind", "order"} <= set(p.group)]
-    if not own:
+    """Every claim with its verdict, effect, interval and rows; [] for tables without token_kind and order.
+
+    Groups of mixed settings, or that a further column tells apart, are not the claims' arms: nothing is measured.
+    """
+    arm = {"token_kind", "order"}
+    if not any(arm <= set(p.group) for p in points):
         return []
+    own = [p for p in points if arm == set(p.group) and not p.mixed]
     named = {(p.metric, p.group["token_kind"], p.group["order"]): p for p in own}
     laws = {
         (f.points.metric, f.points.group["token_kind"], f.points.group["order"]): f
         for f in fits
-        if f.law.axes == ("n",) and f.law.name in ("power-floor", "logit") and "token_kind" in f.points.group
+        if f.law.axes == ("n",) and f.law.name in ("power-floor", "logit") and arm == set(f.points.group)
     }
     evidence = Evidence(named, laws, level)
     out = []

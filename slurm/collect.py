@@ -14,7 +14,7 @@ from fluidscale.folder import RunFolder
 from fluidscale.record import table_csv, table_row, varying, write_atomic
 from fluidscale.spec import InvalidInput, RunSpec
 from fluidscale.sweep import Sweep
-from slurm import drawn
+from slurm import drawn, validated
 from slurm.status import FINISHED, RunState
 
 # Which drawn set of pictures a report shows, best first: prompts of combinations that training had, then any other.
@@ -32,9 +32,9 @@ class Collected:
 
 
 def collect(sweep: Sweep, states: Iterable[RunState], runs_dir: Path, results: Path) -> Collected:
-    """Writes runs.csv, per_prompt.parquet, sweep.yaml and samples/ into results/<sweep> or its partial/.
+    """Writes runs.csv, per_prompt.parquet, per_image.parquet, sweep.yaml and samples/ into results/<sweep>.
 
-    Raises InvalidInput when no run is finished.
+    A filtered sweep goes to its partial/. Raises InvalidInput when no run is finished.
     """
     states = list(states)
     out = results / sweep.name / "partial" if sweep.partial else results / sweep.name
@@ -54,6 +54,8 @@ def collect(sweep: Sweep, states: Iterable[RunState], runs_dir: Path, results: P
     before = _run_ids(table)
     write_atomic(table, table_csv(rows))
     drawn.write_per_prompt(out / "per_prompt.parquet", found)
+    losses = ((spec.id, validated.per_image(runs_dir / spec.id, _record(spec, runs_dir))) for spec in finished)
+    validated.write_per_image(out / "per_image.parquet", losses)
     write_atomic(out / "sweep.yaml", sweep.text)
     shown = _shown(finished)
     _copy_samples(shown, runs_dir, out / "samples")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.assemble import refitter
+from analysis.assemble import Refits
 from analysis.fit import fit
 from analysis.laws import law
 from analysis.links import PUBLISHED_R, ceiling_band, join, link, pearson
@@ -19,7 +19,7 @@ from analysis.study import Choice
 from analysis.table import InvalidTable
 
 N = np.geomspace(1e6, 1e9, 8)
-REFIT = refitter(law("power-floor"), Choice())
+REFIT = Refits(Choice()).of(law("power-floor"))
 
 
 def ladder(noise: float = 0.003, seed: int = 0) -> Points:
@@ -47,7 +47,7 @@ def test_rollout_intervals_cover() -> None:
 
 def test_rollout_tells_a_wrong_law_from_a_right_one() -> None:
     p = ladder(0.001)
-    right, wrong = (score(rollout(p, refitter(law(k), Choice()), 0.95)) for k in ("power-floor", "power"))
+    right, wrong = (score(rollout(p, Refits(Choice()).of(law(k)), 0.95)) for k in ("power-floor", "power"))
     assert right and wrong and right["rms_relative_error"] < 0.5 * wrong["rms_relative_error"]
 
 

@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from analysis.images import beside
 from fluidscale.record import write_json
 from fluidscale.sweep import load_sweep
 from slurm.drawn import answers, protocols_any_n, write_one_prompt, write_per_prompt
+from slurm.validated import per_image, write_per_image
 
 SPEC = load_sweep("smoke").runs[0]
 
@@ -86,3 +88,17 @@ def test_one_prompt_that_all_were_asked_is_shown(tmp_path: Path) -> None:
 def test_without_pictures_nothing_is_shown(tmp_path: Path, shown: dict) -> None:
     write_one_prompt(tmp_path / "out", shown)
     assert not (tmp_path / "out").exists()
+
+
+def test_losses_are_kept_image_by_image(tmp_path: Path) -> None:
+    values = [1.25, 2.5, 3.0]
+    for name, extra in (("val_loss", {"per_image": values}), ("val_nll", {"per_image": [1.0, None]})):
+        write_json(tmp_path / "a" / "eval" / f"{name}.json", {"metric": name, "extra": extra})
+    found = per_image(tmp_path / "a", {"val_loss": 2.25, "val_nll": 1.0})
+    assert found == {"val_loss": values}, "a diverged image is no value"
+    assert per_image(tmp_path / "a", {"val_loss": 2.26}) == {}, "values of other weights"
+    assert per_image(tmp_path / "b", {"val_loss": 2.25}) == {}, "a run evaluated before values were kept"
+    write_per_image(tmp_path / "per_image.parquet", [("a", found), ("b", {})])
+    assert [list(v) for v in beside(tmp_path / "runs.csv").values()] == [values]
+    write_per_image(tmp_path / "per_image.parquet", [("a", {})])
+    assert not (tmp_path / "per_image.parquet").exists()

@@ -28,6 +28,7 @@ from fluidscale.evaluate.validation import (
     DRAWS,
     Breakdown,
     generator,
+    listed,
     passes,
     stack,
     validation_batch,
@@ -51,7 +52,7 @@ LOG_SNRS = (-8.0, -6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0, 8.0)
 
 @dataclass(frozen=True)
 class ValidationLikelihood:
-    """`val_nll`; `extra` has nats per token by position and by how many tokens were known."""
+    """`val_nll`; `extra` has nats per token by position and by how many tokens were known, and nats by image."""
 
     name: str = "val_nll"
 
@@ -76,7 +77,12 @@ class ValidationLikelihood:
             known = positions if order.causal else np.repeat(length - counts, counts)
             by_position.add(positions, values)
             by_known.add(known, values)
-        extra = {"by_position": by_position.as_json(), "by_known": by_known.as_json(), **continuous_facts(subject)}
+        extra = {
+            "by_position": by_position.as_json(),
+            "by_known": by_known.as_json(),
+            "per_image": listed(per_image),
+            **continuous_facts(subject),
+        }
         yield _score(self.name, per_image, self.protocol(subject), extra)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fluidscale.evaluate.protocol import Metric, Progress, Score, Subject, silent
-from fluidscale.evaluate.validation import DRAWS, Breakdown, generator, passes, validation_protocol
+from fluidscale.evaluate.validation import DRAWS, Breakdown, generator, listed, passes, validation_protocol
 from fluidscale.model.order import View
 from fluidscale.model.transformer import Text
 from fluidscale.spec import RunSpec
@@ -19,7 +19,10 @@ from fluidscale.spec import RunSpec
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """The training objective, every counted token weighted alike as in training; `extra` has it by position."""
+    """The training objective, every counted token weighted alike as in training.
+
+    `extra` has it by position and by image: values whose mean and standard error are the score's.
+    """
 
     name: str = "val_loss"
 
@@ -44,8 +47,9 @@ class ValidationLoss:
             counts[part.images] += part.counted.sum(1)
             by_position.add(part.positions[part.counted], part.values[part.counted])
         value, se = ratio(sums, counts)
+        shares = value + (sums - value * counts) * n / counts.sum()
         unit = "diffusion loss" if subject.spec.model.head else "nats/token"
-        extra = {"by_position": by_position.as_json()}
+        extra = {"by_position": by_position.as_json(), "per_image": listed(shares)}
         yield Score(Metric(self.name, unit, False), value, se, n, self.protocol(subject), extra)
 
 

@@ -104,6 +104,11 @@ def validation_protocol(name: str, subject: Subject, images: int, **facts: Any) 
     )
 
 
+def listed(values: np.ndarray) -> list[float | None]:
+    """Values (n,) as JSON keeps them; 7 digits, as many as the float32 behind them carries."""
+    return [float(f"{v:.7g}") if math.isfinite(v) else None for v in values.tolist()]
+
+
 class Breakdown:
     """Means of a number by an index (a position, a step): which part of an image is hard."""
 

@@ -1,0 +1,82 @@
+"""Settings that vary within a size: part of the group where they cut ladders, else no law rests on such rows."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis.fit_laws import main
+from analysis.settings import is_setting, splitting, varied
+from analysis.simulate import ladder
+from analysis.study import Choice, study
+from analysis.table import prepare
+
+CELL = ["size", "images"]
+
+
+def twice(column: str, values: tuple[object, object]) -> pd.DataFrame:
+    """The simulated ladder made under two values of a setting."""
+    parts = [ladder(random_state=k).assign(**{column: v}) for k, v in enumerate(values)]
+    for k, part in enumerate(parts):
+        part[["run_id", "trunk_id"]] += f"-{k}"
+    return pd.concat(parts, ignore_index=True)
+
+
+def rates_by_width() -> pd.DataFrame:
+    """Two rates a size, each divided by the width: no value is shared between sizes."""
+    frame = twice("lr", (1e-3, 2e-3))
+    return frame.assign(lr=frame["lr"] * 1e4 / frame["params_total"])
+
+
+def test_a_setting_that_cuts_ladders_becomes_part_of_the_group() -> None:
+    frame = twice("model.mask_law", ("cosine", "uniform"))
+    table = prepare(frame, "", "frame")
+    assert table.columns.group == ("token_kind", "order", "model.mask_law")
+    fits = study(table, Choice(metrics=("val_loss",), laws=("chinchilla",))).fits
+    assert len(fits) == 8 and {f.points.group["model.mask_law"] for f in fits} == {"cosine", "uniform"}
+    assert all(len(f.points) == 15 for f in fits)
+
+
+def test_a_rate_that_follows_the_width_is_never_pooled() -> None:
+    table = prepare(rates_by_width(), "", "frame")
+    assert table.columns.group == ("token_kind", "order")
+    result = study(table, Choice())
+    assert not result.fits and {r["code"] for r in result.refused} == {"MIXED_SETTINGS"}
+    assert all(p.mixed == ("lr",) for p in result.points) and result.sound == []
+
+
+def test_mixed_settings_are_shown_and_nothing_is_said_of_them(tmp_path: Path) -> None:
+    rates_by_width().to_csv(tmp_path / "runs.csv", index=False)
+    assert main([str(tmp_path / "runs.csv")]) == 0
+    doc = json.loads((tmp_path / "laws.json").read_text())
+    assert doc["fits"] == doc["contrasts"] == doc["doublings"] == doc["predictions"]["predictions"] == []
+    assert len(doc["measurements"]) > 4 and "differ in lr" in doc["refused"][0]["message"]
+    assert {v["verdict"] for v in doc["verdicts"]} == {"not measured"}
+    page = (tmp_path / "report/index.html").read_text()
+    assert "MIXED_SETTINGS" in page and (tmp_path / "report/figures/val_loss-vs-n.png").is_file()
+
+
+def test_mixed_settings_that_were_asked_for_by_name_end_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rates_by_width().to_csv(tmp_path / "runs.csv", index=False)
+    assert main([str(tmp_path / "runs.csv"), "--metric", "val_loss", "--no-report"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fit_laws: [MIXED_SETTINGS]") and "--group" in error and len(error.splitlines()) == 1
+
+
+def test_a_group_given_by_hand_is_kept() -> None:
+    table = prepare(twice("lr", (1e-3, 2e-3)), "", "frame", group=("token_kind", "order", "lr"))
+    assert len(study(table, Choice(metrics=("val_loss",), laws=("compute",))).fits) == 8
+
+
+def test_what_follows_from_size_seed_or_data_is_no_mixture() -> None:
+    frame = ladder(seeds=(0, 1))
+    frame["model.width"], frame["lr"] = frame["params_total"] // 1000, 1e3 / frame["params_total"]
+    frame["evaluate.fd_images"] = frame["images"] // 10 + frame["seed"]
+    assert varied(frame, ["token_kind", "order", *CELL]) == [] == splitting(frame, ["token_kind", "order"], CELL)
+    assert prepare(frame, "", "frame").columns.group == ("token_kind", "order")
+    foreign = frame.drop(columns="schema_version").assign(lr=range(len(frame)))
+    assert varied(foreign, CELL) == []
+    assert is_setting("evaluate.sampling.solver") and is_setting("train.ema") and not is_setting("evaluate.fd_images")
