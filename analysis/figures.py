@@ -214,10 +214,11 @@ def along_data(doc: Document, metric: str) -> Figure | None:
             ax.annotate(m["size"][here[-1]] or short(size), (d[here[-1]], y[here[-1]]), xytext=(4, 0), fontsize=6,
                         textcoords="offset points", va="center", color=MUTED)  # fmt: skip
         ax.set_xscale("log")
-        ax.set_yscale("log")
         ax.set_xlim(d.min() / 1.15, d.max() * 1.6)
         log_axis(ax.xaxis, d.min() / 1.15, d.max() * 1.6)
-        log_axis(ax.yaxis, *ax.get_ylim())
+        if m["kind"] not in ("score", "signed"):
+            ax.set_yscale("log")
+            log_axis(ax.yaxis, *ax.get_ylim())
         ax.tick_params(labelsize=6.5)
         ax.set_title(label_of(m["group"]), fontsize=8)
         ax.set_xlabel(axis_name(doc, "d"), fontsize=7)

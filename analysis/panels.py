@@ -95,7 +95,8 @@ def scientific(value: float, _: Any = None) -> str:
 def log_axis(axis: Any, low: float, high: float, compute: bool = False) -> None:
     """A logarithmic axis with labelled ticks however short its range: linear steps, 1-2-5, 1-3 or whole decades."""
     span = np.log10(high / low)
-    subs = (1.0,) if span > 3 else (1.0, 3.0) if span > 1.6 else (1.0, 2.0, 5.0)
+    # a power of ten with its mantissa is too wide to stand between decades
+    subs = (1.0,) if span > (1.0 if compute else 3.0) else (1.0, 3.0) if span > 1.6 else (1.0, 2.0, 5.0)
     axis.set_major_locator(MaxNLocator(5) if span < 0.7 else LogLocator(base=10, subs=subs))
     axis.set_major_formatter(FuncFormatter(scientific if compute else short))
     axis.set_minor_formatter(NullFormatter())

@@ -54,7 +54,10 @@ def _jobs(doc: Document) -> Iterator[tuple[str, str, str, Figure | None]]:
 
 
 def _figures(doc: Document, folder: Path) -> list[dict[str, Any]]:
-    """Draws and saves the figures; each with its section, caption and embedded image, `half` where one panel wide."""
+    """Draws and saves the figures; each with its section, caption and embedded image, `half` where one panel wide.
+
+    Figures of an earlier report that this one does not have are removed.
+    """
     out = []
     for section, name, caption, figure in _jobs(doc):
         if figure is not None:
@@ -63,6 +66,10 @@ def _figures(doc: Document, folder: Path) -> list[dict[str, Any]]:
             out.append(
                 {"section": section, "name": name, "caption": caption, "src": pictures.embedded(image), "half": half}
             )
+    names = {f["name"] for f in out}
+    for old in (folder / "figures").glob("*.*"):
+        if old.suffix in (".png", ".svg") and old.stem not in names:
+            old.unlink()
     return out
 
 

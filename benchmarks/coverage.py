@@ -1,14 +1,17 @@
 """Do nominal 95 % intervals cover? Simulated tables from Chinchilla's law, fitted under the objective that ships.
 
 python benchmarks/coverage.py              # 600 replicates a row; writes benchmarks/coverage.md
+
+Finished rows are kept in build/coverage.jsonl, under the code they were made with: a command that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from analysis.document import code_version  # noqa: E402
 from analysis.fit import NO_SEEDS, Fit, SeedVariance, fit  # noqa: E402
 from analysis.intervals import allocation_exponent, parameter_intervals, predict  # noqa: E402
 from analysis.laws import law  # noqa: E402
@@ -74,6 +78,20 @@ class Job:
         return own, seed_variance([own, *arms])
 
 
+def kept(path: Path, job: Job, replicates: int) -> tuple[list[float], float]:
+    """A row as `path` has it, else made and added to `path`."""
+    key = {"code": code_version(), "replicates": replicates, **asdict(job)}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        found = json.loads(line)
+        if found["key"] == key:
+            return found["cover"], found["width"]
+    cover, width = row(job, replicates)
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as stream:
+        stream.write(json.dumps({"key": key, "cover": cover.tolist(), "width": width}) + "\n")
+    return cover.tolist(), width
+
+
 def row(job: Job, replicates: int) -> tuple[np.ndarray, float]:
     """Coverage of each quantity over the replicates, and the median half-width of alpha's interval."""
     rng = np.random.default_rng(7)
@@ -92,12 +110,12 @@ def main() -> None:
     p.add_argument("--replicates", type=int, default=600)
     p.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     args = p.parse_args()
-    start, lines = time.process_time(), []
+    start, lines, store = time.process_time(), [], ROOT / "build/coverage.jsonl"
     plain = [Job(6, r, s, o) for o in ("huber-log", "lse-log") for r in (2, 4) for s in (0.003, 0.01)]
     seeded = [(1, 0), (2, 0), (3, 0), (1, 3)]
     trunks = [Job(6, r, s, seeds=k, others=o) for k, o in seeded for r in (2, 4) for s in (0.003, 0.01)]
     for job in (*plain, *trunks, Job(8, 4, 0.003, seeds=1)):
-        cover, width = row(job, args.replicates)
+        cover, width = kept(store, job, args.replicates)
         cells = " | ".join(f"{c:.3f}" for c in cover)
         shape = f"{job.sizes} x {job.ratios} | {job.noise:.1%} | {job.objective} | {job.kind}"
         lines.append(f"| {shape} | {cells} | {width:.3f} |")
@@ -117,7 +135,7 @@ like it lend their seed variance. The standard error of a coverage of .95 is
 |---|---|---|---|{"---|" * (len(WHAT) + 1)}
 """
         + "\n".join(lines)
-        + f"\n\n{time.process_time() - start:.0f} s of CPU.\n"
+        + f"\n\n{time.process_time() - start:.0f} s of CPU, rows kept from before not counted.\n"
     )
     args.out.write_text(text)
 

@@ -42,7 +42,7 @@ def shallow(n: Array, d: Array) -> Array:
 
 
 def kaplan(n: Array, d: Array) -> Array:
-    """Kaplan et al. 2020, eq. 1.5: not in the fitted family."""
+    """Kaplan et al. 2020, eq. 1.5 with the constants of eqs. 1.1 and 1.2: not in the fitted family."""
     return ((8.8e13 / n) ** (0.076 / 0.095) + 5.4e13 / d) ** 0.095
 
 

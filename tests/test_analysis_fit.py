@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
+import analysis.fit as fitting
+from analysis import solver
 from analysis.bootstrap import refit
 from analysis.fit import fit, huber_inflation, weights_of
 from analysis.laws import law
@@ -160,3 +162,14 @@ def test_a_large_table_reaches_the_same_optimum_as_its_polish() -> None:
     again = refit(fitted, p.y / fitted.scale, np.ones((1, len(p))), tolerance=1e-11)
     assert again.value[0] == pytest.approx(fitted.value, rel=1e-12)
     assert fitted.parameter("alpha").value == pytest.approx(0.34, abs=0.03)
+
+
+def test_a_search_cut_short_says_so_and_is_no_headline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real solver, stopped after two steps."""
+    solve = solver.minimise
+    monkeypatch.setattr(fitting, "minimise", lambda *a, **k: solve(*a[:7], **(k | {"iterations": 2, "tolerance": 0.0})))
+    points = chinchilla_points(*grid(6, 4), 0.003, np.random.default_rng(0))
+    found = fit(law("chinchilla"), points, thorough=False)
+    assert "NOT_CONVERGED" in {w.code for w in found.warnings} and not found.headline
+    monkeypatch.undo()
+    assert "NOT_CONVERGED" not in {w.code for w in fit(law("chinchilla"), points, thorough=False).warnings}

@@ -17,6 +17,7 @@ from analysis.published import (
     CHINCHILLA_REFIT,
     CHINCHILLA_TABLE,
     KAPLAN,
+    KAPLAN_ONE_AXIS,
     TABLE,
     published,
 )
@@ -74,6 +75,20 @@ def test_kaplans_joint_law_comes_back_and_ends_in_its_one_axis_law() -> None:
     assert {p.name: p.value for p in fitted.public()} == pytest.approx(dict(q), rel=1e-6)
     ends = fitted.predict(n=np.array([1e7, 1e9]), d=1e30)
     assert np.log(ends[0] / ends[1]) / np.log(100) == pytest.approx(q["alpha_N"], rel=1e-4)
+
+
+@pytest.mark.parametrize("axis", ["n", "d"])
+def test_kaplans_one_axis_laws_come_back(axis: str) -> None:
+    """L = (X_c / X)^alpha is A X^-alpha with A = X_c^alpha; at GPT-3's 175B the law in N gives its 1.60 nats."""
+    scale, alpha = KAPLAN_ONE_AXIS[axis]
+    x = np.geomspace(1e7, 1e11, 6)
+    points = chinchilla_points(x, x, 0.0, np.random.default_rng(0))
+    points = type(points)(**{**points.__dict__, "y": (scale / x) ** alpha})
+    fitted = fit(law("power", axis), points)
+    assert fitted.parameter("alpha").value == pytest.approx(alpha, rel=1e-6)
+    assert fitted.parameter("A").value ** (1 / alpha) == pytest.approx(scale, rel=1e-4)
+    if axis == "n":
+        assert fitted.predict(n=1.75e11)[0] == pytest.approx(1.60, abs=0.01)
 
 
 def test_fluids_values_are_the_papers() -> None:

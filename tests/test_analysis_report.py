@@ -110,7 +110,10 @@ def test_figures_are_there_in_both_formats(results: Path) -> None:
 
 def test_the_report_needs_laws_json_alone(results: Path, tmp_path: Path) -> None:
     (tmp_path / "laws.json").write_bytes((results / "laws.json").read_bytes())
+    (tmp_path / "report/figures").mkdir(parents=True)
+    (tmp_path / "report/figures/of-an-earlier-report.svg").touch()
     build(tmp_path / "laws.json", results / "samples")
+    assert not (tmp_path / "report/figures/of-an-earlier-report.svg").exists()
     assert (tmp_path / "report/report.md").read_text() == (results / "report/report.md").read_text()
 
 

@@ -234,3 +234,86 @@ def test_a_ladder_too_short_for_a_law_is_still_reported(tmp_path: Path, capsys: 
     assert main([str(tmp_path / "runs.csv"), "--no-report"]) == 0
     doc = json.loads((tmp_path / "laws.json").read_text())
     assert doc["fits"] == [] and {r["code"] for r in doc["refused"]} >= {"TOO_FEW_SIZES"}
+
+
+def outcome(table: pd.DataFrame, tmp_path: Path, *options: str) -> dict:
+    table.to_csv(tmp_path / "points.csv", index=False)
+    assert main([str(tmp_path / "points.csv"), *options, "--metric", "loss", "--no-report"]) == 0
+    return json.loads((tmp_path / "laws.json").read_text())
+
+
+def test_a_table_of_compute_alone_has_rollouts_and_a_prediction_on_record(tmp_path: Path) -> None:
+    c = np.geomspace(1e18, 1e22, 7)
+    loss = (1.7 + 900.0 * c**-0.16) * np.exp(0.001 * np.random.default_rng(0).normal(size=7))
+    doc = outcome(pd.DataFrame({"c": c, "loss": loss}), tmp_path, "--c", "c")
+    (found,) = doc["fits"]
+    assert found["law"] == "compute" and found["params"]["alpha"] == pytest.approx(0.16, abs=0.02)
+    assert len(found["rollout"]) >= 3 and found["rollout"][-1]["held_out"]["c"] == pytest.approx(c[-1])
+    (entry,) = doc["predictions"]["predictions"]
+    assert entry["target"] == {"c": pytest.approx(c[-1])} and entry["measured"] == pytest.approx(loss[-1])
+    assert {r["law"] for r in doc["law_choice"]} >= {"power", "compute"}
+
+
+def test_a_metric_of_any_sign_is_fitted_on_its_raw_scale(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    table = frame().assign(loss=frame()["loss"] - 3.0)
+    assert (table["loss"] < 0).any()
+    doc = outcome(table, tmp_path, "--n", "n", "--d", "d", "--law", "chinchilla", "--objective", "lse")
+    assert doc["fits"][0]["params"]["alpha"] == pytest.approx(0.34, abs=0.05) and doc["fits"][0]["params"]["E"] < 0
+    assert doc["fits"][0]["n_runs"] == 24 and doc["table"]["excluded"] == []
+    path = str(tmp_path / "points.csv")
+    assert main([path, "--n", "n", "--d", "d", "--metric", "loss", "--no-report"]) == 2
+    assert "rows were left out: loss is not positive" in capsys.readouterr().err, "the cause of the refusal is named"
+
+
+def test_what_no_law_can_say_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    table = frame()
+    power = ("--n", "n", "--metric", "loss", "--law", "power-floor")
+    assert refused(table.assign(loss=2.0), tmp_path, capsys, *power) == "CONSTANT_METRIC"
+    assert refused(table, tmp_path, capsys, *power, "--floor", "9") == "FLOOR_ABOVE_DATA"
+    assert refused(table, tmp_path, capsys, *power, "--objective", "quasi-binomial") == "OUT_OF_RANGE"
+
+
+@pytest.mark.parametrize("name, mark", [("semicolons.csv", ";"), ("tabs.tsv", "\t")])
+def test_other_marks_between_cells(name: str, mark: str, tmp_path: Path, expected: float) -> None:
+    frame().to_csv(tmp_path / name, index=False, sep=mark)
+    assert main([str(tmp_path / name), *OPTIONS]) == 0
+    found = json.loads((tmp_path / "laws.json").read_text())["fits"][0]
+    assert found["params"]["alpha"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_json_may_be_one_list_and_rows_must_be_objects(
+    tmp_path: Path, expected: float, capsys: pytest.CaptureFixture
+) -> None:
+    frame().to_json(tmp_path / "list.json", orient="records", double_precision=15)
+    assert main([str(tmp_path / "list.json"), *OPTIONS]) == 0
+    found = json.loads((tmp_path / "laws.json").read_text())["fits"][0]
+    assert found["params"]["alpha"] == pytest.approx(expected, abs=1e-6)
+    capsys.readouterr()
+    (tmp_path / "rows.jsonl").write_text('{"n": 1}\n[1, 2]\n')
+    assert main([str(tmp_path / "rows.jsonl"), *OPTIONS]) == 2
+    assert capsys.readouterr().err.startswith("fit_laws: [UNREADABLE_TABLE]")
+
+
+def test_a_blank_group_has_a_name(tmp_path: Path) -> None:
+    table = frame().assign(family=["", "b"] * 12)
+    doc = outcome(table, tmp_path, "--n", "n", "--d", "d", "--group", "family", "--law", "chinchilla")
+    assert [f["group"]["family"] for f in doc["fits"]] == ["(blank)", "b"]
+
+
+def test_sensitivity_puts_unfinished_runs_back_and_recounts_compute(tmp_path: Path) -> None:
+    own = ladder()
+    mine = (own["token_kind"] == "continuous") & (own["order"] == "random")
+    last = own.index[mine & (own["images"] == 96_000)][-1]
+    own.loc[last, "lr_decay_complete"] = False
+    own.loc[last, "val_loss"] *= 1.2
+    own.to_csv(tmp_path / "runs.csv", index=False)
+    assert main([str(tmp_path / "runs.csv"), "--metric", "val_loss", "--no-report"]) == 0
+    rows = json.loads((tmp_path / "laws.json").read_text())["sensitivity"]
+    arm = [r for r in rows if r["group"] == {"token_kind": "continuous", "order": "random"} and r["law"] == "compute"]
+    found = {r["choice"]: r for r in arm}
+    assert {"as reported", "C = body only", "C = 6 N tokens", "with 1 unfinished runs"} <= set(found)
+    back, reported = found["with 1 unfinished runs"], found["as reported"]
+    assert back["n_runs"] == reported["n_runs"] and back["exponents"] != reported["exponents"]
+    # the simulated FLOPs are 6 N a token throughout, and the body is nine tenths of them
+    for name in ("C = body only", "C = 6 N tokens"):
+        assert found[name]["exponents"]["alpha"][0] == pytest.approx(reported["exponents"]["alpha"][0], abs=1e-6)
