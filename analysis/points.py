@@ -234,7 +234,7 @@ def select(
         message = f"{table.source} has no column {metric} (it has {have}): name yours with --metric"
         raise InvalidTable("MISSING_COLUMN", message)
     kind = kind or kind_of(metric) or "loss"
-    rows = rows[_read_columns(table, rows, metric)]
+    rows = rows.loc[:, _read_columns(table, rows, metric)]
     excluded: list[dict] = []
     values, blank, broken = numbers(rows[metric])
     outside, why = _bad_values(values, kind, metric)

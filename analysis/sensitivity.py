@@ -56,12 +56,13 @@ def _compute_conventions(points: Points, frame: pd.DataFrame) -> Iterator[tuple[
 
 def _restored(base: Fit, table: Table) -> Iterator[Variant]:
     """With the group's rows that were left out as unfinished put back."""
-    points, left = base.points, table.left_out
+    points = base.points
+    left: Any = table.left_out
     for name, value in points.group.items():
         left = left.loc[left[name].astype(str) == value]
     if not len(left):
         return
-    whole = pd.concat([table.frame, left])
+    whole: Any = pd.concat([table.frame, left])
     for name, value in points.group.items():
         whole = whole.loc[whole[name].astype(str) == value]
     found, _ = select(table, points.group, whole, points.metric, points.kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -22,12 +23,12 @@ def is_setting(column: str) -> bool:
     return column in NAMED or ("." in column and (not column.startswith(NOT_SETTINGS) or column.startswith(SAMPLING)))
 
 
-def _values(rows: pd.DataFrame, cell: Sequence[str]) -> pd.DataFrame:
+def _values(rows: Any, cell: Sequence[str]) -> Any:
     """Distinct (cell, settings) combinations; only rows of a record's schema have settings."""
     if "schema_version" not in rows or not cell:
         return pd.DataFrame()
     columns = [c for c in rows.columns if is_setting(str(c)) and c not in cell]
-    text = rows[columns].astype(object).where(rows[columns].notna(), "").astype(str)
+    text: Any = rows[columns].astype(object).where(rows[columns].notna(), "").astype(str)
     return pd.concat([rows[list(cell)], text], axis=1).drop_duplicates()
 
 
@@ -47,7 +48,7 @@ def splitting(frame: pd.DataFrame, group: Sequence[str], cell: Sequence[str]) ->
     """
     out = []
     for name in varied(frame, [*group, *cell]):
-        text = frame[name].astype(str)
+        text: Any = frame[name].astype(str)
         within = text.groupby([frame[c] for c in (*group, *cell)], dropna=False).nunique().max()
         over = text.groupby([frame[c] for c in group], dropna=False).nunique().max() if group else text.nunique()
         if over <= within:
