@@ -32,7 +32,7 @@ SIGNED = ("val_nll",)
 DISTANCES = ("fd", "fid")
 SCORE_PREFIX = "geneval"
 # the name of a group whose cell is empty
-BLANK = "(blank)"
+BLANK, EMPTY_CELLS = "(blank)", ("", "nan", "None", "<NA>")
 KINDS = ("loss", "signed", "distance", "score")
 
 
@@ -94,7 +94,7 @@ class Table:
         out = []
         for key, rows in parts:
             parts_of = key if isinstance(key, tuple) else (key,)
-            names = (str(k) if str(k).strip() and not pd.isna(k) else BLANK for k in parts_of)
+            names = (BLANK if str(k).strip() in EMPTY_CELLS else str(k) for k in parts_of)
             out.append((dict(zip(self.columns.group, names, strict=True)), rows))
         return out
 
