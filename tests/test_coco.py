@@ -180,7 +180,9 @@ def test_fid_by_command_and_what_is_refused(weights, tmp_path, capsys, monkeypat
     judging = [str(folder), "--inception", str(weights), "--reference", str(kept), "--device", "cpu", "--count"]
     assert judge([*judging, "8", "--json"]) == 0
     scores = {one["metric"]: one for one in json.loads(capsys.readouterr().out.split("\n", 1)[1])}
-    assert {"fid", "fid_inf", "kid", "precision", "recall"} == set(scores) and scores["fid"]["unit"] == "FID-inception"
+    # Eight images cannot be extrapolated: the refusal is said beside the score.
+    assert scores["fid"]["extra"]["fid_inf_refused"].startswith("FEW_IMAGES")
+    assert {"fid", "kid", "precision", "recall"} == set(scores) and scores["fid"]["unit"] == "FID-inception"
     network = load_inception(weights)
     both = [
         network(np.stack([squared(Image.open(path)) for path in sorted(at.glob("*.png"))])) for at in (folder, real)

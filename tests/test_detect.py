@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fluidscale.evaluate import golden
 from fluidscale.evaluate.detect import (
     NEAR,
     DetectorNetwork,
@@ -149,6 +151,25 @@ def test_judges_are_not_confused():
         load_detector("icons32-vae")
     with pytest.raises(InvalidInput, match="not a feature network"):
         load_features("icons32-detector")
+
+
+def test_a_shipped_judge_gives_what_it_gave_when_it_was_made():
+    """Whoever trains one anew runs `python -m fluidscale.evaluate.keep_golden`."""
+    kept = json.loads(golden.SHIPPED.read_text())
+    for name in (*NAMES, "icons32-features"):
+        assert card(name)["sha256"] in kept, name
+
+
+def test_a_broken_kernel_stops_a_shipped_judge(monkeypatch):
+    convolution = torch.nn.Conv2d.forward
+
+    def broken(self, x):
+        return torch.nn.functional.pad(convolution(self, x)[..., 1:], (0, 1))
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", broken)
+    for load, name in ((load_detector, NAMES[0]), (load_detector, NAMES[1]), (load_features, "icons32-features")):
+        with pytest.raises(InvalidInput, match=f"{name}: on the fixed pictures this judge now differs by"):
+            load(name)
 
 
 def test_features_tell_distributions_apart(world):

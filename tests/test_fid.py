@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from scipy.spatial.distance import cdist
 
+from fluidscale.evaluate import distances, fid
 from fluidscale.evaluate.distances import (
     Moments,
     frechet,
@@ -133,10 +135,37 @@ def test_precision_and_recall_tell_what_is_missing():
     rng = np.random.default_rng(7)
     both = np.concatenate([rng.normal(size=(100, 2)), rng.normal(size=(100, 2)) + 50])
     one = rng.normal(size=(200, 2))
-    precision, recall = precision_recall(one, rng.permutation(both))
+    precision, recall, _ = precision_recall(one, rng.permutation(both))
     assert precision > 0.9 and 0.3 < recall < 0.7
-    precision, recall = precision_recall(rng.permutation(both), one)
+    precision, recall, _ = precision_recall(rng.permutation(both), one)
     assert 0.3 < precision < 0.7 and recall > 0.9
+
+
+@pytest.mark.parametrize("block", [2**24, 700])
+def test_precision_and_recall_are_their_definition_whatever_the_block(monkeypatch, block):
+    """By all distances at once, as the definition has it; recall's error by leaving images out for real."""
+    monkeypatch.setattr(distances, "_BLOCK", block)
+    rng = np.random.default_rng(8)
+    x, y = rng.normal(size=(120, 3)) * 0.8 + 5, rng.normal(size=(120, 3)) + 5
+
+    def definition(x, y):
+        radius_x, radius_y = (np.sort(cdist(s, s), axis=1)[:, 3] for s in (x, y))
+        between = cdist(x, y)
+        return (between <= radius_y).any(1).mean(), (between <= radius_x[:, None]).any(0).mean()
+
+    precision, recall, error = precision_recall(x, y)
+    assert (precision, recall) == definition(x, y)
+    left = np.array([definition(x[np.arange(120) % 10 != g], y)[1] for g in range(10)])
+    assert error == pytest.approx(np.sqrt(0.9 * np.sum((left - left.mean()) ** 2)))
+
+
+def test_extrapolation_is_refused_where_it_takes_back_too_much():
+    rng = np.random.default_rng(9)
+    real = rng.normal(size=(400, 8))
+    few, enough = (list(fid.distances("fd", rng.normal(size=(n, 8)), real, "x", "p", {})) for n in (63, 64))
+    assert enough[0].metric.name == "fd_inf" and "fd_inf_refused" not in enough[-1].extra
+    assert "fd_inf" not in [score.metric.name for score in few]
+    assert few[-1].extra["fd_inf_refused"].startswith("FEW_IMAGES: 63 images for 8 features")
 
 
 def test_one_image_is_no_distribution():

@@ -54,6 +54,20 @@ def test_guidance_one_is_no_guidance_and_runs_half_the_batch(arm):
     assert not torch.equal(plain, generate(model, text, sampling_of(model.spec, guidance=4.0), [1, 2, 3]))
 
 
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_guidance_scales_share_a_batch(arm, schedule):
+    model = awake(arm_spec(arm))
+    text, seeds, scales = text_of(model.spec, 6), [3, 1, 4, 1, 5, 9], [1.0, 2.0, 4.0, 2.0, 1.0, 6.5]
+    together = generate(model, text, sampling_of(model.spec, schedule=schedule), seeds, scales=scales)
+    for scale in set(scales):
+        mine = [k for k, own in enumerate(scales) if own == scale]
+        part = Text(text.values[mine], text.mask[mine])
+        sampling = sampling_of(model.spec, guidance=scale, schedule=schedule)
+        alone = generate(model, part, sampling, [seeds[k] for k in mine])
+        torch.testing.assert_close(together[mine], alone, atol=LATENT_TOLERANCE, rtol=0)
+
+
 def test_guidance_schedules_are_mars():
     assert SCHEDULES["constant"](3.0, 256, 100) == 3.0
     assert SCHEDULES["linear"](3.0, 256, 255) == pytest.approx(1 + 2 / 256)

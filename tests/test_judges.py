@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from tiny_judges import clip, dinov2, mask2former
 
+from fluidscale.evaluate.golden import fixed_pictures
 from fluidscale.evaluate.judges import convert
 from fluidscale.evaluate.judges.clip import ColorClassifier, clip_scores, cut_out, load_clip
 from fluidscale.evaluate.judges.dinov2 import load_dinov2
 from fluidscale.evaluate.judges.mask2former import instances, load_mask2former, prepared
 from fluidscale.evaluate.judges.pretrained import pixels_of
-from fluidscale.evaluate.judges.selftest import fixed_pictures
 from fluidscale.evaluate.protocol import Detection
 from fluidscale.spec import InvalidInput
 from fluidscale.world.classes import CLASSES, COLORS

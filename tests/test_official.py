@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_judges import clip, mask2former
+from tiny_judges import clip, dinov2, mask2former
 
+from fluidscale.evaluate import posed
 from fluidscale.evaluate.judges import mask2former as mask2former_module
 from fluidscale.evaluate.judges import official
 from fluidscale.evaluate.judges.__main__ import main as judge
+from fluidscale.evaluate.judges.dinov2 import load_dinov2
 from fluidscale.evaluate.judges.official import check_official, official_geneval
 from fluidscale.evaluate.judges.pretrained import weights_sha256
-from fluidscale.evaluate.judges.selftest import GOLDEN
+from fluidscale.evaluate.judges.selftest import GOLDEN, features_golden, tested
 from fluidscale.evaluate.protocol import Detection
 from fluidscale.evaluate.samples import read_samples
 from fluidscale.spec import InvalidInput
@@ -153,7 +155,7 @@ def test_the_command_judges_with_real_formats_and_a_second_time_costs_nothing(fo
     kept = json.loads((folder / "scores.json").read_text())["scores"]
     assert len(kept) == 7 and {one["images_sha256"] for one in kept} == {read_samples(folder).sha256}
     assert (folders["mask2former"] / GOLDEN).exists() and (folders["clip"] / GOLDEN).exists()
-    monkeypatch.setattr(official, "judge_images", None)
+    monkeypatch.setattr(posed, "judge_images", None)
     assert judge(arguments) == 0
     assert judge([str(folder), "--clip", str(folders["clip"]), "--device", "cpu"]) == 0
     kept = json.loads((folder / "scores.json").read_text())["scores"]
@@ -171,6 +173,21 @@ def test_a_judge_that_sees_something_else_than_before_is_refused(folders, few, c
     assert judge([str(folder), "--clip", str(folders["clip"]), "--device", "cpu"]) == 2
     assert "now differs by 0.05 from what it saw" in capsys.readouterr().err
     golden.write_text(kept)
+
+
+def test_every_published_judge_is_tested_before_it_judges(folders, tmp_path):
+    """Kept at first use by weights, compared afterwards; other weights are another judge."""
+    path = tmp_path / "dinov2"
+    dinov2(path)
+    first = tested(load_dinov2, features_golden, path, "cpu")
+    kept = json.loads((path / GOLDEN).read_text())
+    assert kept["sha256"] == first.sha256 and np.shape(kept["values"]) == (3, 16)
+    (path / GOLDEN).write_text(json.dumps(kept | {"values": [[0.0] * 16] * 3}))
+    with pytest.raises(InvalidInput, match=r"golden\.json: on the fixed pictures this judge now differs"):
+        tested(load_dinov2, features_golden, path, "cpu")
+    (path / GOLDEN).write_text(json.dumps({"sha256": "0" * 64, "values": []}))
+    tested(load_dinov2, features_golden, path, "cpu")
+    assert json.loads((path / GOLDEN).read_text()) == kept
 
 
 @pytest.mark.parametrize("fault", ["missing", "torn", "size", "gelu", "count", "alone", "empty", "nothing"])

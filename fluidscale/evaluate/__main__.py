@@ -3,13 +3,18 @@
     python -m fluidscale.evaluate runs/ID
     python -m fluidscale.evaluate runs/ID --metrics geneval fd --guidance-scale 1,2,3,5
     python -m fluidscale.evaluate runs/ID --metrics geneval --images-per-prompt 4        resumed where it was stopped
-    python -m fluidscale.evaluate runs/ID --prompts evaluation_metadata.jsonl --images-per-prompt 4
+    python -m fluidscale.evaluate runs/ID --prompts prompts.jsonl --images-per-prompt 4
+    python -m fluidscale.evaluate runs/ID --prompts evaluation_metadata.jsonl --detector MASK2FORMER_DIR --clip CLIP_DIR
     python -m fluidscale.evaluate runs/ID --merge FOLDER/scores.json
 
 Scores are kept in RUN_DIR/eval. Another guidance scale, number of steps or of images than the run's own has a folder of
 its own there, e.g. eval/guidance_scale=3, and never changes the run's record; of several guidance scales the best of
-each metric is named beside the run's own (eval/guidance/sweep.json). --prompts draws the lines of a file as they are,
-for judges of your own (`python -m fluidscale.evaluate.judges --help`), and --merge takes back what they found.
+each metric is named beside the run's own (eval/guidance/sweep.json), and all are drawn in common batches.
+
+--prompts draws the lines of a file as they are, several images each, and judges them where they are GenEval's: by the
+detector named, else by that of the run's own world. Images, results.jsonl and scores.json share a folder, for other
+judges too (`python -m fluidscale.evaluate.judges --help`); --merge takes back what those found. Stopped anywhere, the
+same command goes on with the image that is missing.
 """
 
 from __future__ import annotations
@@ -40,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--guidance-scale", nargs="+", type=scales, help="one or more, 1,2,3; default: the run's own")
     parser.add_argument("--num-inference-steps", type=int, help="autoregressive steps; default: the run's own")
     parser.add_argument("--images-per-prompt", type=int, help="of GenEval-like prompts; default: the run's own, else 4")
-    parser.add_argument("--prompts", type=Path, metavar="JSONL", help="draw these instead of measuring")
+    parser.add_argument("--prompts", type=Path, metavar="JSONL", help="draw and judge these instead of the run's own")
+    parser.add_argument("--detector", metavar="NAME|PATH", help="of --prompts: icon detector or Mask2Former DIR")
+    parser.add_argument("--clip", type=Path, metavar="DIR", help="of --prompts: Mask2Former's colours")
     parser.add_argument("--merge", type=Path, metavar="JSON", help="take an outside judge's scores into RUN_DIR/eval")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     arguments = parser.parse_args(argv)
@@ -48,14 +55,14 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.merge:
             print("\n".join(merge(arguments.run_dir, arguments.merge)))
             return 0
-        if arguments.prompts:
-            print("\n".join(str(folder) for folder in _draw(arguments)))
-            return 0
-        found = list(_evaluate(arguments))
+        if (arguments.detector or arguments.clip) and not arguments.prompts:
+            raise InvalidInput("--detector and --clip judge the images of --prompts; a run's own prompts have theirs")
+        found = list(_pose(arguments) if arguments.prompts else _evaluate(arguments))
     except InvalidInput as error:
         print(error, file=sys.stderr)
         return 2
-    print(json.dumps(found, indent=1) if arguments.json else _table(found))
+    if found:
+        print(json.dumps(found, indent=1) if arguments.json else _table(found))
     return 0
 
 
@@ -65,29 +72,24 @@ def scales(text: str) -> list[float]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from fluidscale.evaluate import evaluate
-    from fluidscale.evaluate.guidance import keep_sweep
     from fluidscale.evaluate.shown import shown
+    from fluidscale.evaluate.suite import chosen, evaluate_all
 
-    asked = _asked_scales(arguments)
+    own, *subjects = _subjects(arguments)
+    work = [(one, chosen(one, arguments.metrics or (_OF_DRAWING if one.variant else None))) for one in subjects]
     by_scale: dict[float, list[Any]] = {}
     with shown() as progress:
-        for subject in _subjects(arguments, asked):
-            which = arguments.metrics or (_OF_DRAWING if subject.variant else None)
-            scale = subject.spec.evaluate.sampling.guidance_scale
-            for score in evaluate(subject, which, progress):
-                by_scale.setdefault(scale, []).append(score)
-                yield {"variant": subject.variant, **dataclasses.asdict(score.metric)} | {
-                    key: getattr(score, key) for key in ("value", "se", "n", "protocol")
-                }
-    if len(asked) > 1:
-        for line in keep_sweep(arguments.run_dir, _subjects(arguments, [None])[0], by_scale):
-            print(line, file=sys.stderr)
+        for subject, score in evaluate_all(work, progress):
+            by_scale.setdefault(subject.spec.evaluate.sampling.guidance_scale, []).append(score)
+            yield _row(subject, score)
+    _name_best(arguments, "sweep", own, by_scale)
 
 
-def _draw(arguments: argparse.Namespace) -> Iterator[Path]:
-    """The folders that a prompt file was drawn into, one a guidance scale."""
-    from fluidscale.evaluate.generate import draw
+def _pose(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Draws a prompt file, at each guidance scale, and judges the images where they can be judged."""
+    from fluidscale.evaluate.generate import Drawing, draw_all
+    from fluidscale.evaluate.judges.scores import keep_scores
+    from fluidscale.evaluate.panel import judge_of
     from fluidscale.evaluate.shown import shown
     from fluidscale.world.prompts import read_prompts
 
@@ -98,17 +100,39 @@ def _draw(arguments: argparse.Namespace) -> Iterator[Path]:
     prompts = read_prompts(arguments.prompts, check)
     repeats = 4 if arguments.images_per_prompt is None else arguments.images_per_prompt
     rows = [{"index": index, **prompt} for index, prompt in enumerate(prompts) for _ in range(repeats)]
+    own, *subjects = _subjects(arguments)
+    judge = judge_of(own, rows, arguments.detector, arguments.clip)
+    by_scale: dict[float, list[Any]] = {}
     with shown() as progress:
-        for subject in _subjects(arguments, _asked_scales(arguments)):
-            yield draw(subject, arguments.prompts.stem, rows, progress).folder
+        drawings = [Drawing(subject, arguments.prompts.stem, rows) for subject in subjects]
+        for subject, samples in zip(subjects, draw_all(drawings, progress), strict=True):
+            print(samples.folder, file=sys.stderr if arguments.json else sys.stdout)
+            scores = list(judge(samples, progress)) if judge else []
+            if scores and subject.share.rank == 0:
+                keep_scores(samples, scores)
+            by_scale.setdefault(subject.spec.evaluate.sampling.guidance_scale, []).extend(scores)
+            yield from (_row(subject, score) for score in scores)
+    if judge:
+        _name_best(arguments, arguments.prompts.stem, own, by_scale)
 
 
-def _asked_scales(arguments: argparse.Namespace) -> list[float | None]:
-    return [scale for group in arguments.guidance_scale or [[None]] for scale in group]
+def _name_best(arguments: argparse.Namespace, name: str, own: Any, by_scale: dict[float, list[Any]]) -> None:
+    """Of several guidance scales, says and keeps which was best of each metric."""
+    from fluidscale.evaluate.guidance import keep_sweep
+
+    if len(by_scale) > 1 and own.share.rank == 0:
+        path = arguments.run_dir / "eval" / "guidance" / f"{name}.json"
+        for line in keep_sweep(path, own.spec.evaluate.sampling.guidance_scale, by_scale):
+            print(line, file=sys.stderr)
 
 
-def _subjects(arguments: argparse.Namespace, guidance: list[float | None]) -> list[Any]:
-    """The run as it is sampled at each guidance scale; under torchrun, this process's share of the images."""
+def _row(subject: Any, score: Any) -> dict[str, Any]:
+    facts = {key: getattr(score, key) for key in ("value", "se", "n", "protocol")}
+    return {"variant": subject.variant, **dataclasses.asdict(score.metric), **facts}
+
+
+def _subjects(arguments: argparse.Namespace) -> list[Any]:
+    """The run as it is, then as it is sampled at each guidance scale; under torchrun, this process's share of it."""
     from fluidscale.data.sources import open_source
     from fluidscale.evaluate import Subject
     from fluidscale.evaluate.share import share_of_environment
@@ -123,10 +147,9 @@ def _subjects(arguments: argparse.Namespace, guidance: list[float | None]) -> li
     source = open_source(spec, RunFolder(arguments.run_dir).placement, arguments.run_dir.parent, device)
     own = Subject(model.to(device), spec, source, arguments.run_dir, device, share=share_of_environment())
     images = None if arguments.prompts else arguments.images_per_prompt
-    return [
-        _variant(own, images, guidance_scale=scale, num_inference_steps=arguments.num_inference_steps)
-        for scale in guidance
-    ]
+    guidance = [scale for group in arguments.guidance_scale or [[None]] for scale in group]
+    steps = arguments.num_inference_steps
+    return [own, *(_variant(own, images, guidance_scale=scale, num_inference_steps=steps) for scale in guidance)]
 
 
 def _variant(own: Any, images_per_prompt: int | None, **asked: float | None) -> Any:

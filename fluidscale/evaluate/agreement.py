@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from fluidscale.evaluate.detect import load_detector
-from fluidscale.evaluate.geneval import draw_prompts, judge_images, per_prompt, prompts_of, summarise
+from fluidscale.evaluate.generate import Drawing, draw_all
+from fluidscale.evaluate.geneval import judge_images, per_prompt, prompt_drawings, prompts_of, summarise
 from fluidscale.evaluate.protocol import Metric, Progress, Score, Subject, protocol_id, silent
 from fluidscale.evaluate.rules import Verdict
 from fluidscale.evaluate.samples import Samples
@@ -46,13 +47,14 @@ class DetectorAgreement:
             world=canonical(subject.spec.data.world),
         )
 
+    def drawings(self, subject: Subject) -> Sequence[Drawing]:
+        return prompt_drawings(subject, ("seen",), load_detector(subject.detector_name))
+
     def __call__(self, subject: Subject, progress: Progress = silent) -> Iterator[Score]:
         first, second = (load_detector(name, subject.device) for name in _names(subject))
-        samples = draw_prompts(subject, "seen", first, progress)
-        if samples is None:
-            return
-        verdicts = [judge_images(samples.images(), samples.rows, one, progress) for one in (first, second)]
-        yield agreement(samples, verdicts, self.protocol(subject), [first.sha256, second.sha256])
+        for samples in draw_all(prompt_drawings(subject, ("seen",), first), progress):
+            verdicts = [judge_images(samples.images(), samples.rows, one, progress) for one in (first, second)]
+            yield agreement(samples, verdicts, self.protocol(subject), [first.sha256, second.sha256])
 
 
 def agreement(samples: Samples, verdicts: Sequence[Sequence[Verdict]], protocol: str, sha256: list[str]) -> Score:

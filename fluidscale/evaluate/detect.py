@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fluidscale.evaluate.golden import self_test
 from fluidscale.evaluate.protocol import Detection
 from fluidscale.tokens.image import CHUNK, load_carded, to_pixels
 from fluidscale.tokens.networks import ResidualBlock
@@ -186,7 +187,9 @@ def load_detector(name_or_path: str, device: torch.device | str = "cpu") -> Icon
     Raises InvalidInput when it is missing, damaged or no detector.
     """
     network, card = load_carded(name_or_path, "detector", ("detector",), _of_card)
-    return IconDetector(network, card, device)
+    judge = IconDetector(network, card, device)
+    self_test(judge.network, card, name_or_path)
+    return judge
 
 
 def _of_card(card: dict[str, Any]) -> DetectorNetwork:

@@ -5,13 +5,12 @@ Pure numbers: which network made the features, and of which images, is the busin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import scipy.linalg
-from scipy.spatial.distance import cdist
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,16 @@ def frechet(a: Moments, b: Moments) -> float:
     return max(float(shift @ shift + np.trace(a.cov) + np.trace(b.cov) - 2 * cross), 0.0)
 
 
+# Images a feature below which the extrapolation takes back too much (benchmarks/fid_inf.md).
+LEAST_IMAGES_A_FEATURE = 8
+
+
 def frechet_unbiased(features: np.ndarray, reference: Moments, splits: int = 3) -> float:
     """The distance as the number of images grows without bound (FID_inf, arXiv 1911.07023).
 
     At n images the expected distance is linear in 1/n to first order. It is averaged over 1, 2, .. `splits` disjoint
-    parts and extrapolated. Only the bias of `features` (n, F) is removed: the reference stays as it is.
+    parts and extrapolated. Only the bias of `features` (n, F) is removed: the reference stays as it is. Below
+    LEAST_IMAGES_A_FEATURE the terms beyond 1/n, which remain, are as large as the distance.
     """
     inverse_n, values, weights = [], [], []
     for parts in range(1, splits + 1):
@@ -95,18 +99,65 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, blocks: int = 1
     return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(blocks)) if blocks > 1 else np.nan
 
 
-def precision_recall(features: np.ndarray, reference: np.ndarray, neighbour: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (arXiv 1904.06991): the share of each set inside the other's manifold.
+def precision_recall(
+    features: np.ndarray, reference: np.ndarray, neighbour: int = 3, groups: int = 10
+) -> tuple[float, float, float]:
+    """Improved precision and recall (arXiv 1904.06991), the share of each set inside the other's manifold, and the
+    standard error of recall, from leaving out one of `groups` interleaved groups of `features` at a time.
 
     A manifold is the union of balls reaching to each point's `neighbour`-th neighbour; both sets are cut to one size.
+    Distances come in blocks of rows, once for everything: memory is bounded at any number of images.
     """
     n = min(len(features), len(reference))
-    x, y = np.asarray(features[:n], np.float64), np.asarray(reference[:n], np.float64)
-    between = cdist(x, y)
-    radius_x, radius_y = (np.partition(cdist(s, s), neighbour, axis=1)[:, neighbour] for s in (x, y))
-    precision = (between <= radius_y[None, :]).any(axis=1).mean()
-    recall = (between <= radius_x[:, None]).any(axis=0).mean()
-    return float(precision), float(recall)
+    groups, centre = min(groups, n // 2), np.asarray(reference[:n], np.float64).mean(0)
+    x, y = (np.asarray(one[:n], np.float64) - centre for one in (features, reference))
+    member = np.arange(n) % groups == np.arange(groups)[:, None]
+    everybody = np.zeros((1, n), bool)
+    radii_x = _squared_radii(x, neighbour, np.concatenate([everybody, member]))
+    radii_y = _squared_radii(y, neighbour, everybody)[0]
+    precise, covered = np.zeros(n, bool), np.zeros((groups + 1, n), bool)
+    for rows, squared in _squared_distances(x, y):
+        precise[rows] = (squared <= radii_y).any(axis=1)
+        for without, radii in enumerate(radii_x):
+            covered[without] |= (squared <= radii[rows, None]).any(axis=0)
+    recall, *left_out = covered.mean(axis=1)
+    error = np.sqrt((groups - 1) / groups * np.sum((left_out - np.mean(left_out)) ** 2))
+    return float(precise.mean()), float(recall), float(error)
+
+
+# Distances held at a time (128 MB); neighbours kept beyond the one that is asked for, some of which are left out.
+_BLOCK, _SPARE = 2**24, 24
+
+
+def _squared_distances(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Squared distances (rows, m) of x (n, F) to y (m, F), block by block of rows."""
+    norms, size = (y**2).sum(1), max(1, _BLOCK // len(y))
+    for start in range(0, len(x), size):
+        rows = slice(start, min(start + size, len(x)))
+        squared = x[rows] @ y.T
+        squared *= -2
+        squared += (x[rows] ** 2).sum(1)[:, None]
+        squared += norms
+        yield rows, np.maximum(squared, 0, out=squared)
+
+
+def _squared_radii(x: np.ndarray, neighbour: int, left_out: np.ndarray) -> np.ndarray:
+    """Squared distance (G, n) of each point to its `neighbour`-th neighbour, where those of each row of `left_out`,
+    bool (G, n), are not there; -1 for these themselves."""
+    n = len(x)
+    kept, radii = min(neighbour + _SPARE, n - 1), np.empty(left_out.shape)
+    for rows, squared in _squared_distances(x, x):
+        here = np.arange(rows.start, rows.stop)
+        squared[here - rows.start, here] = -1.0  # each first of its own neighbours
+        nearest = np.argpartition(squared, kept, axis=1)[:, : kept + 1]
+        distance = np.take_along_axis(squared, nearest, axis=1)
+        order = distance.argsort(axis=1)
+        nearest, distance = (np.take_along_axis(part, order, axis=1) for part in (nearest, distance))
+        for group, missing in enumerate(left_out):
+            there = np.cumsum(~missing[nearest], axis=1)
+            place = np.minimum((there <= neighbour).sum(axis=1), kept)
+            radii[group, rows] = np.where(missing[here], -1.0, distance[here - rows.start, place])
+    return radii
 
 
 def _squared_mmd(features: np.ndarray, reference: np.ndarray) -> float:

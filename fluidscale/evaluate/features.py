@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fluidscale.evaluate.golden import self_test
 from fluidscale.tokens.image import CHUNK, load_carded, to_pixels
 from fluidscale.tokens.networks import ResidualBlock
 
@@ -98,7 +99,9 @@ class IconFeatures:
 def load_features(name_or_path: str, device: torch.device | str = "cpu") -> IconFeatures:
     """A shipped feature network by name, or a user's by path, hash-checked. Raises InvalidInput as the others do."""
     network, card = load_carded(name_or_path, "feature network", ("features",), _of_card)
-    return IconFeatures(network, card, device)
+    judge = IconFeatures(network, card, device)
+    self_test(judge.network, card, name_or_path)
+    return judge
 
 
 def _of_card(card: dict[str, Any]) -> FeatureNetwork:

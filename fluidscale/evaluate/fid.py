@@ -6,13 +6,14 @@ real scenes. The distance is called after its features (FD-icons32): FID is said
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fluidscale.evaluate.distances import (
+    LEAST_IMAGES_A_FEATURE,
     Moments,
     frechet,
     frechet_unbiased,
@@ -23,7 +24,7 @@ from fluidscale.evaluate.distances import (
 )
 from fluidscale.evaluate.extract import features_of, load_features_file, save_features_file
 from fluidscale.evaluate.features import IconFeatures, load_features
-from fluidscale.evaluate.generate import draw
+from fluidscale.evaluate.generate import Drawing, draw_all
 from fluidscale.evaluate.protocol import Metric, Progress, Score, Subject, protocol_id, silent
 from fluidscale.spec import RunSpec, canonical
 from fluidscale.world import World
@@ -53,10 +54,14 @@ class FrechetDistance:
             captions=[_SPLIT, CAPTIONS_START, spec.fd_images],
         )
 
+    def drawings(self, subject: Subject) -> Sequence[Drawing]:
+        captions = scene_captions(subject.world, subject.spec.evaluate.fd_images)
+        return [Drawing(subject, "captions", captions)]
+
     def __call__(self, subject: Subject, progress: Progress = silent) -> Iterator[Score]:
-        protocol, n = self.protocol(subject), subject.spec.evaluate.fd_images
+        protocol = self.protocol(subject)
         network = load_features(subject.features_name, subject.device)
-        samples = draw(subject, "captions", scene_captions(subject.world, n), progress=progress)
+        (samples,) = draw_all(self.drawings(subject), progress)
         drawn = features_of(samples, network, subject.cache_dir, subject.share, progress)
         real = reference_features(subject, network, progress)
         facts = {"features": network.name, "features_sha256": network.sha256, "reference_images": len(real)}
@@ -66,18 +71,32 @@ class FrechetDistance:
 def distances(
     name: str, drawn: np.ndarray, real: np.ndarray, features: str, protocol: str, facts: dict[str, Any]
 ) -> Iterator[Score]:
-    """All that two sets of features (n, F) and (m, F) say: `<name>_inf`, kid, precision, recall, `<name>` last."""
+    """All that two sets of features (n, F) and (m, F) say: `<name>_inf`, kid, precision, recall, `<name>` last.
+
+    Of fewer images than the extrapolation can bear there is no `<name>_inf`; `extra` of `<name>` says why.
+    """
     reference, n = moments(real), len(drawn)
 
     def score(name: str, value: float, se: float, unit: str, higher: bool) -> Score:
         return Score(Metric(name, unit, higher), value, se, n, protocol, facts)
 
-    yield score(f"{name}_inf", *with_error(drawn, reference, unbiased=True), f"{name.upper()}-{features}", False)
+    if refusal := too_few(drawn):
+        facts = {**facts, f"{name}_inf_refused": refusal}
+    else:
+        yield score(f"{name}_inf", *with_error(drawn, reference, unbiased=True), f"{name.upper()}-{features}", False)
     yield score("kid", *kernel_distance(drawn, real), f"KID-{features}", False)
-    precision, recall = precision_recall(drawn, real)
+    precision, recall, recall_error = precision_recall(drawn, real)
     yield score("precision", precision, float(np.sqrt(precision * (1 - precision) / n)), "fraction", True)
-    yield score("recall", recall, jackknife(drawn, lambda f: precision_recall(f, real)[1], 10), "fraction", True)
+    yield score("recall", recall, recall_error, "fraction", True)
     yield score(name, *with_error(drawn, reference), f"{name.upper()}-{features}", False)
+
+
+def too_few(drawn: np.ndarray) -> str:
+    """Why features (n, F) cannot be extrapolated to infinitely many images; empty when they can."""
+    n, width = drawn.shape
+    if n >= LEAST_IMAGES_A_FEATURE * width:
+        return ""
+    return f"FEW_IMAGES: {n} images for {width} features, the extrapolation needs {LEAST_IMAGES_A_FEATURE} a feature"
 
 
 def with_error(features: np.ndarray, reference: Moments, unbiased: bool = False) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fluidscale.evaluate.detect import load_detector
-from fluidscale.evaluate.generate import draw
+from fluidscale.evaluate.generate import Drawing, draw_all
 from fluidscale.evaluate.protocol import (
     Detection,
     Detector,
@@ -145,6 +145,9 @@ class GenEval:
             world=canonical(subject.spec.data.world),
         )
 
+    def drawings(self, subject: Subject) -> Sequence[Drawing]:
+        return prompt_drawings(subject, ("seen", "unseen"), load_detector(subject.detector_name))
+
     def __call__(self, subject: Subject, progress: Progress = silent) -> Iterator[Score]:
         protocol = self.protocol(subject)
         detector = load_detector(subject.detector_name, subject.device)
@@ -155,21 +158,15 @@ class GenEval:
             same = [rate.value for tag, rate in seen.tags.items() if tag in unseen.tags] if seen else []
             extra = {**facts, **unseen.as_json(), "seen_same_tags": float(np.mean(same)) if same else None}
             yield rate_score("geneval_unseen", unseen.overall, protocol, extra)
-        if not seen:
-            return
-        for tag, rate in seen.tags.items():
-            yield rate_score(
-                f"geneval_{tag}", rate, protocol, {**facts, "se_seed": rate.se_seed, "prompts": rate.prompts}
-            )
-        yield rate_score(
-            "geneval", seen.overall, protocol, {**facts, **seen.as_json(), "prompts": seen.overall.prompts}
-        )
+        if seen:
+            yield from summary_scores(seen, protocol, facts)
 
     def _summary(self, subject: Subject, split: str, detector: Detector, progress: Progress) -> Summary | None:
         """Draws and judges one split's prompts; None when the world has none of it."""
-        samples = draw_prompts(subject, split, detector, progress)
-        if samples is None:
+        drawings = prompt_drawings(subject, (split,), detector)
+        if not drawings:
             return None
+        (samples,) = draw_all(drawings, progress)
         if split == "seen":
             write_atomic(subject.samples_dir / "grid.png", (samples.folder / "grid.png").read_bytes())
         verdicts = judge_images(samples.images(), samples.rows, detector, progress)
@@ -182,14 +179,15 @@ def prompts_of(subject: Subject, split: str) -> list[Mapping[str, Any]]:
     return repeated(subject.world.prompts(split), subject.spec.evaluate.geneval_images_per_prompt)
 
 
-def draw_prompts(subject: Subject, split: str, detector: Detector, progress: Progress) -> Samples | None:
-    """The images of one split's prompts, drawn where they are missing; None when the world has none of it."""
-    prompts = prompts_of(subject, split)
-    if not prompts:
-        return None
-    # Before anything is drawn: a prompt that cannot be judged would waste the drawing.
-    check_prompts(prompts, detector.classes, detector.colors)
-    return draw(subject, split, prompts, progress)
+def prompt_drawings(subject: Subject, splits: Sequence[str], detector: Detector) -> list[Drawing]:
+    """The images of these splits' prompts; nothing of a split of which the world has none.
+
+    Raises InvalidInput on a prompt that cannot be judged: drawing it would be a waste.
+    """
+    drawings = [Drawing(subject, split, prompts) for split in splits if (prompts := prompts_of(subject, split))]
+    for drawing in drawings:
+        check_prompts(drawing.prompts, detector.classes, detector.colors)
+    return drawings
 
 
 def repeated(prompts: Sequence[Mapping[str, Any]], images_per_prompt: int) -> list[Mapping[str, Any]]:
@@ -236,6 +234,15 @@ def _rate(correct: Sequence[np.ndarray]) -> Rate:
     se = float(shares.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     within = float(table.var(axis=1, ddof=1).mean()) / (k * n) if k > 1 else math.nan
     return Rate(float(shares.mean()), se, math.sqrt(within), n, k * n)
+
+
+def summary_scores(summary: Summary, protocol: str, facts: dict[str, Any]) -> Iterator[Score]:
+    """`geneval_<tag>` of every tag, and `geneval`."""
+    for tag, rate in summary.tags.items():
+        extra = {**facts, "se_seed": rate.se_seed, "prompts": rate.prompts}
+        yield rate_score(f"geneval_{tag}", rate, protocol, extra)
+    extra = {**facts, **summary.as_json(), "prompts": summary.overall.prompts}
+    yield rate_score("geneval", summary.overall, protocol, extra)
 
 
 def rate_score(name: str, rate: Rate, protocol: str, extra: dict[str, Any]) -> Score:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluidscale.evaluate.protocol import Score, Subject
+from fluidscale.evaluate.protocol import Score
 from fluidscale.record import write_json
 
 
@@ -31,11 +31,10 @@ def sweep(own_scale: float, by_scale: Mapping[float, Sequence[Score]]) -> dict[s
     return found
 
 
-def keep_sweep(run_dir: Path, own: Subject, by_scale: Mapping[float, Sequence[Score]]) -> Iterator[str]:
-    """Writes eval/guidance/sweep.json and yields a line for people of each metric."""
-    scale = own.spec.evaluate.sampling.guidance_scale
+def keep_sweep(path: Path, scale: float, by_scale: Mapping[float, Sequence[Score]]) -> Iterator[str]:
+    """Writes what `sweep` finds, `scale` being the run's own, and yields a line for people of each metric."""
     found = sweep(scale, by_scale)
-    write_json(run_dir / "eval" / "guidance" / "sweep.json", {"own_guidance_scale": scale, "metrics": found})
+    write_json(path, {"own_guidance_scale": scale, "metrics": found})
     for name, metric in found.items():
         best, fixed = metric["best"], metric["fixed"]
         at_own = (

@@ -62,6 +62,9 @@ class ValidationLikelihood:
     def protocol(self, subject: Subject) -> str:
         return validation_protocol(self.name, subject, subject.spec.evaluate.val_images)
 
+    def drawings(self, subject: Subject) -> tuple[()]:
+        return ()
+
     def __call__(self, subject: Subject, progress: Progress = silent) -> Iterator[Score]:
         order, length, n = subject.model.order, subject.spec.model.num_tokens, subject.spec.evaluate.val_images
         draws = 1 if order.causal else DRAWS
@@ -103,6 +106,9 @@ class StepwiseLikelihood:
     def protocol(self, subject: Subject) -> str:
         steps = len(self.schedule(subject, 0))
         return validation_protocol(self.name, subject, self._images(subject), steps=[steps, STEPS])
+
+    def drawings(self, subject: Subject) -> tuple[()]:
+        return ()
 
     def __call__(self, subject: Subject, progress: Progress = silent) -> Iterator[Score]:
         n, length, steps = self._images(subject), subject.spec.model.num_tokens, len(self.schedule(subject, 0))

@@ -32,6 +32,9 @@ class ValidationLoss:
     def protocol(self, subject: Subject) -> str:
         return validation_protocol(self.name, subject, subject.spec.evaluate.val_images)
 
+    def drawings(self, subject: Subject) -> tuple[()]:
+        return ()
+
     def __call__(self, subject: Subject, progress: Progress = silent) -> Iterator[Score]:
         order, length, n = subject.model.order, subject.spec.model.num_tokens, subject.spec.evaluate.val_images
 

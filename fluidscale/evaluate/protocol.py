@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fluidscale.data.sources import Source
+    from fluidscale.evaluate.generate import Drawing
     from fluidscale.model.build import FluidModel
     from fluidscale.tokens.image import Tokenizer
     from fluidscale.world import World
@@ -132,6 +133,10 @@ class Evaluator(Protocol):
 
     def protocol(self, subject: Subject) -> str:
         """How it would measure this subject, known without measuring."""
+        ...
+
+    def drawings(self, subject: Subject) -> Sequence[Drawing]:
+        """The images that it looks at; none where it needs the model alone. Raises InvalidInput on unfit prompts."""
         ...
 
     def __call__(self, subject: Subject, progress: Progress = silent) -> Iterator[Score]: ...

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fluidscale.evaluate.agreement import DetectorAgreement
 from fluidscale.evaluate.fid import FrechetDistance
+from fluidscale.evaluate.generate import draw_all
 from fluidscale.evaluate.geneval import GenEval
 from fluidscale.evaluate.likelihood import (
     StepwiseLikelihood,
@@ -37,17 +38,36 @@ def evaluate(subject: Subject, which: Collection[str] | None = None, progress: P
     Scores of the same weights under the same protocol are read back, not measured again. Raises InvalidInput on a
     name that no evaluator has, or one that the spec gives no images.
     """
-    for evaluator in chosen(subject, which):
-        if known := _stored(evaluator, subject):
-            yield from known
-            continue
-        companions: list[str] = []
-        for score in evaluator(subject, progress):
-            # The evaluator's own score comes last and names the others: it stands only when all of them do.
-            own = score.metric.name == evaluator.name
-            write_json(_path(subject, score.metric.name), _as_json(score, subject, companions if own else []))
-            companions.append(score.metric.name)
-            yield score
+    for _, score in evaluate_all([(subject, chosen(subject, which))], progress):
+        yield score
+
+
+def evaluate_all(
+    asked: Sequence[tuple[Subject, Sequence[Evaluator]]], progress: Progress = silent
+) -> Iterator[tuple[Subject, Score]]:
+    """The same for several ways of sampling one model: before the first that looks at drawn images, all that any of
+    them needs is drawn, in common batches."""
+    pairs = [(subject, evaluator) for subject, evaluators in asked for evaluator in evaluators]
+    stored = [_stored(evaluator, subject) for subject, evaluator in pairs]
+    needed = [drawing for (subject, evaluator), known in zip(pairs, stored, strict=True) if not known
+              for drawing in evaluator.drawings(subject)]  # fmt: skip
+    drawn = False
+    for (subject, evaluator), known in zip(pairs, stored, strict=True):
+        if not known and not drawn and evaluator.drawings(subject):
+            draw_all(needed, progress)
+            drawn = True
+        for score in known or _measured(evaluator, subject, progress):
+            yield subject, score
+
+
+def _measured(evaluator: Evaluator, subject: Subject, progress: Progress) -> Iterator[Score]:
+    companions: list[str] = []
+    for score in evaluator(subject, progress):
+        # The evaluator's own score comes last and names the others: it stands only when all of them do.
+        own = score.metric.name == evaluator.name
+        write_json(_path(subject, score.metric.name), _as_json(score, subject, companions if own else []))
+        companions.append(score.metric.name)
+        yield score
 
 
 def chosen(subject: Subject, which: Collection[str] | None) -> list[Evaluator]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fluidscale.model.build import FluidModel
 from fluidscale.model.draws import ImageDraws
+from fluidscale.model.head import Guidance
 from fluidscale.model.order import View
 from fluidscale.model.transformer import Text
 from fluidscale.spec import InvalidInput, SamplingSpec
@@ -18,13 +19,19 @@ Progress = Callable[[int, int], None]
 
 @torch.inference_mode()
 def generate(
-    model: FluidModel, text: Text, sampling: SamplingSpec, seeds: Sequence[int], progress: Progress | None = None
+    model: FluidModel,
+    text: Text,
+    sampling: SamplingSpec,
+    seeds: Sequence[int],
+    progress: Progress | None = None,
+    scales: Sequence[float] | None = None,
 ) -> Tensor:
     """Tokens, int64 (B, L) or float (B, L, C), for B captions.
 
-    Image i depends on its caption and seeds[i] only, never on the rest of the batch. At guidance 1 there is no
-    unconditional branch; otherwise both branches run as one batch. `progress` is called with (steps done, all steps).
-    Raises InvalidInput for settings that do not fit the model.
+    Image i depends on its caption, seeds[i] and guidance only, never on the rest of the batch. `scales` are guidance
+    scales of each image's own; None: the sampling's for all. Where all are 1 there is no unconditional branch;
+    otherwise both branches run as one batch. `progress` is called with (steps done, all steps). Raises InvalidInput for
+    settings that do not fit the model.
     """
     batch, length = len(seeds), model.spec.num_tokens
     if len(text.mask) != batch:
@@ -36,7 +43,10 @@ def generate(
     permutations = torch.stack([torch.randperm(length, generator=rng) for rng in generators])
     steps = model.order.steps(length, sampling.num_inference_steps, permutations)
     sample = model.head.sampler(sampling)
-    guided = sampling.guidance_scale != 1
+    guidance = (
+        sampling.guidance_scale if scales is None else torch.tensor(scales, dtype=torch.float32, device=model.device)
+    )
+    guided = any(scale != 1 for scale in scales or [sampling.guidance_scale])
     text, drop = _branches(text.to(model.device), guided)
     tokens, known = model.head.blank(batch, length, model.device), torch.zeros(batch, length, dtype=torch.bool)
     cache = model.trunk.new_cache(length)
@@ -49,7 +59,9 @@ def generate(
         z, z_uncond = _at(z, slots, guided)
         share = float(known[0].float().mean())
         known[images, written] = True
-        scale = SCHEDULES[sampling.guidance_schedule](sampling.guidance_scale, length, int((~known[0]).sum()))
+        scale = SCHEDULES[sampling.guidance_schedule](guidance, length, int((~known[0]).sum()))
+        if isinstance(scale, Tensor):
+            scale = scale.repeat_interleave(written.shape[1])[:, None]
         drawn = sample(z, z_uncond, scale, ImageDraws(generators, written.shape[1], model.device), share)
         index = (images * length + written).flatten().to(model.device)
         tokens.flatten(0, 1)[index] = drawn.to(tokens.dtype)
@@ -60,7 +72,7 @@ def generate(
 
 # MAR's schedules of the guidance scale, from (scale, tokens, tokens still masked after this step). Its last step
 # counts one token as still masked.
-SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
+SCHEDULES: dict[str, Callable[[Guidance, int, int], Guidance]] = {
     "constant": lambda scale, length, masked: scale,
     "linear": lambda scale, length, masked: 1 + (scale - 1) * (length - max(masked, 1)) / length,
 }

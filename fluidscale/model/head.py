@@ -21,12 +21,15 @@ from fluidscale.spec import InvalidInput, ModelSpec, SamplingSpec
 # Draws a token takes in the likelihood bound; more buy little, since a validation set has thousands of tokens.
 BOUND_DRAWS = 4
 
+# A scale for all rows, or (M, 1) of each row's own.
+Guidance = float | Tensor
+
 
 class Sampler(Protocol):
     """Draws tokens with settings that were fixed before."""
 
     def __call__(
-        self, z: Tensor, z_uncond: Tensor | None, guidance: float, draws: ImageDraws, known: float = 0.0
+        self, z: Tensor, z_uncond: Tensor | None, guidance: Guidance, draws: ImageDraws, known: float = 0.0
     ) -> Tensor:
         """Tokens (M,) int64 or (M, C) given z (M, d), when this share of the image's tokens is known."""
         ...
@@ -63,7 +66,7 @@ class Head(Protocol):
         ...
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: Guidance) -> Tensor:
     """u + s (c - u)."""
     return torch.lerp(unconditional, conditional, scale)
 
@@ -98,7 +101,7 @@ class SoftmaxHead(nn.Module):
         temperature = _temperature(sampling)
 
         def sample(
-            z: Tensor, z_uncond: Tensor | None, guidance: float, draws: ImageDraws, known: float = 0.0
+            z: Tensor, z_uncond: Tensor | None, guidance: Guidance, draws: ImageDraws, known: float = 0.0
         ) -> Tensor:
             if z_uncond is None:
                 logits = self.classifier(z).float()
@@ -157,7 +160,7 @@ class DiffusionHead(nn.Module):
             scheduled(steps)
 
         def sample(
-            z: Tensor, z_uncond: Tensor | None, guidance: float, draws: ImageDraws, known: float = 0.0
+            z: Tensor, z_uncond: Tensor | None, guidance: Guidance, draws: ImageDraws, known: float = 0.0
         ) -> Tensor:
             # DiSA (arXiv 2505.20297): the more is known, the narrower is what is left to denoise.
             solver, times = scheduled(round(most + (fewest - most) * known))
@@ -166,7 +169,7 @@ class DiffusionHead(nn.Module):
 
         return sample
 
-    def _bind(self, z: Tensor, z_uncond: Tensor | None, guidance: float, times: Tensor) -> StepNetwork:
+    def _bind(self, z: Tensor, z_uncond: Tensor | None, guidance: Guidance, times: Tensor) -> StepNetwork:
         """The guided network of these tokens: z projected once, AdaLN rows computed for many steps at a time."""
         condition = self.denoiser.condition(z if z_uncond is None else torch.cat([z, z_uncond]))
         per_step = len(condition) * self.denoiser.adaln.out_features

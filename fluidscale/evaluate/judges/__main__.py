@@ -26,16 +26,13 @@ from fluidscale.evaluate.judges.dinov2 import load_dinov2
 from fluidscale.evaluate.judges.inception import load_inception
 from fluidscale.evaluate.judges.mask2former import load_mask2former
 from fluidscale.evaluate.judges.official import check_official, official_geneval
-from fluidscale.evaluate.judges.scores import as_entry, clip_score, coco_distances
-from fluidscale.evaluate.judges.selftest import check_golden, clip_golden, detector_golden
+from fluidscale.evaluate.judges.scores import as_line, clip_score, coco_distances, keep_scores
+from fluidscale.evaluate.judges.selftest import clip_golden, detector_golden, features_golden, tested
 from fluidscale.evaluate.protocol import Progress, Score
 from fluidscale.evaluate.samples import read_samples
 from fluidscale.evaluate.share import Share, share_of_environment
 from fluidscale.evaluate.shown import shown
-from fluidscale.record import read_json, write_json
 from fluidscale.spec import InvalidInput
-
-SCORES = "scores.json"
 
 
 def judged(arguments: argparse.Namespace, share: Share, progress: Progress) -> Iterator[Score]:
@@ -46,17 +43,12 @@ def judged(arguments: argparse.Namespace, share: Share, progress: Progress) -> I
         raise InvalidInput("--reference goes with one of --inception and --dinov2: the network that made it")
     if arguments.detector and not arguments.clip:
         raise InvalidInput("--detector needs --clip: GenEval's colours are CLIP's")
-    clip = load_clip(arguments.clip, arguments.device) if arguments.clip else None
+    clip = tested(load_clip, clip_golden, arguments.clip, arguments.device) if arguments.clip else None
     if clip:
-        check_golden(arguments.clip, clip.sha256, clip_golden(clip), lambda: clip_golden(load_clip(arguments.clip)))
         print(f"clip {clip.sha256}", file=sys.stderr)
     if arguments.detector:
         check_official(samples.rows)
-        where = arguments.detector
-        detector = load_mask2former(where, arguments.device)
-        check_golden(
-            where, detector.sha256, detector_golden(detector), lambda: detector_golden(load_mask2former(where))
-        )
+        detector = tested(load_mask2former, detector_golden, arguments.detector, arguments.device)
         print(f"detector {detector.sha256}", file=sys.stderr)
         assert clip is not None
         yield from official_geneval(samples, detector, ColorClassifier(clip), clip.sha256, share, progress)
@@ -64,7 +56,8 @@ def judged(arguments: argparse.Namespace, share: Share, progress: Progress) -> I
         yield clip_score(samples, clip, share, progress)
     for load, where in ((load_inception, arguments.inception), (load_dinov2, arguments.dinov2)):
         if where:
-            network = load(where, arguments.device)
+            network = tested(load, features_golden, where, arguments.device)
+            print(f"{network.name} {network.sha256}", file=sys.stderr)
             reference = load_reference(arguments.reference, network)
             yield from coco_distances(samples, network, reference, arguments.count, share, progress)
 
@@ -94,28 +87,12 @@ def main(argv: list[str] | None = None) -> int:
         if not found:
             raise InvalidInput("nothing to measure: give --detector and --clip, --clip, --inception or --dinov2")
         if share.rank == 0:
-            _keep(arguments, found)
+            entries = keep_scores(read_samples(arguments.folder), found)
+            print(json.dumps(entries, indent=1) if arguments.json else "\n".join(map(as_line, found)))
     except InvalidInput as error:
         print(error, file=sys.stderr)
         return 2
     return 0
-
-
-def _keep(arguments: argparse.Namespace, found: list[Score]) -> None:
-    samples = read_samples(arguments.folder)
-    entries = [as_entry(score, samples) for score in found]
-    path = arguments.folder / SCORES
-    fresh = {(entry["metric"], entry["protocol"]) for entry in entries}
-    # Of other judges, on these same images.
-    older = (read_json(path) or {"scores": []})["scores"]
-    kept = [e for e in older if e["images_sha256"] == samples.sha256 and (e["metric"], e["protocol"]) not in fresh]
-    write_json(path, {"scores": [*kept, *entries]})
-    if arguments.json:
-        print(json.dumps(entries, indent=1))
-        return
-    for score in found:
-        name, unit = score.metric.name, score.metric.unit
-        print(f"{name:<24} {score.value:>10.5g} +- {score.se:<9.2g} {unit:<16} n={score.n}  {score.protocol}")
 
 
 if __name__ == "__main__":

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from fluidscale.evaluate.distances import moments
 from fluidscale.evaluate.extract import BATCH, Extractor, features_of
-from fluidscale.evaluate.fid import distances, with_error
+from fluidscale.evaluate.fid import distances, too_few, with_error
 from fluidscale.evaluate.judges.clip import clip_scores
 from fluidscale.evaluate.judges.coco import Reference, prompts_sha256
 from fluidscale.evaluate.protocol import Metric, Progress, Score, protocol_id
 from fluidscale.evaluate.samples import DRAWING, Samples
 from fluidscale.evaluate.share import Share
-from fluidscale.record import read_json
+from fluidscale.record import read_json, write_json
 from fluidscale.spec import InvalidInput
+
+SCORES = "scores.json"
 
 
 def coco_distances(
@@ -45,7 +47,9 @@ def coco_distances(
     if network.name == "inception":
         yield from distances("fid", drawn, reference.features, network.name, protocol, facts)
         return
-    for name, unbiased in (("fd_inf", True), ("fd", False)):
+    if refusal := too_few(drawn):
+        facts["fd_inf_refused"] = refusal
+    for name, unbiased in (("fd", False),) if refusal else (("fd_inf", True), ("fd", False)):
         value, se = with_error(drawn, moments(reference.features), unbiased)
         yield Score(Metric(name, f"FD-{network.name}", False), value, se, n, protocol, facts)
 
@@ -67,9 +71,26 @@ def clip_score(samples: Samples, clip: Any, share: Share, progress: Progress) ->
     return Score(metric, float(scores.mean()), se, n, protocol_id(f"clip-score-n{n}", **facts), extra)
 
 
-def as_entry(score: Score, samples: Samples) -> dict[str, Any]:
-    """A score as one entry of scores.json, the form in which any outside judge may hand its numbers back."""
-    metric = score.metric
-    entry = {"metric": metric.name, "unit": metric.unit, "higher_is_better": metric.higher_is_better}
-    entry |= {key: getattr(score, key) for key in ("value", "se", "n", "protocol", "extra")}
-    return entry | {"images_sha256": samples.sha256}
+def keep_scores(samples: Samples, scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """Writes scores.json beside the images, the form in which any outside judge may hand its numbers back.
+
+    What other judges, or other protocols, said of these same images stays. Returns the entries of `scores`.
+    """
+    keys = ("value", "se", "n", "protocol", "extra")
+    entries = [
+        {"metric": score.metric.name, "unit": score.metric.unit, "higher_is_better": score.metric.higher_is_better}
+        | {key: getattr(score, key) for key in keys}
+        | {"images_sha256": samples.sha256}
+        for score in scores
+    ]
+    path, fresh = samples.folder / SCORES, {(entry["metric"], entry["protocol"]) for entry in entries}
+    older = (read_json(path) or {"scores": []})["scores"]
+    kept = [e for e in older if e["images_sha256"] == samples.sha256 and (e["metric"], e["protocol"]) not in fresh]
+    write_json(path, {"scores": [*kept, *entries]})
+    return entries
+
+
+def as_line(score: Score) -> str:
+    """A score for people."""
+    name, unit = score.metric.name, score.metric.unit
+    return f"{name:<24} {score.value:>10.5g} +- {score.se:<9.2g} {unit:<16} n={score.n}  {score.protocol}"
