@@ -25,6 +25,10 @@ _HEAD_VALUES, _HEAD_INPUT_VALUES = 9, 4
 _PROCESS_GB = 0.9
 # GenEval's prompts (djghosh13/geneval); the embedded world poses about as many, seen and unseen combinations together.
 _PROMPTS = 553
+# Passes over a validation image in fluidscale/evaluate: val_loss and val_nll, four views each where a view shows a part
+# of the tokens; the two stepwise likelihoods, 16 steps each of at most 256 images.
+_VIEWS = {"raster": 2, "random": 8}
+_STEPWISE_VIEWS, _STEPWISE_IMAGES = 32, 256
 # A PNG costs about this many bytes a pixel of an icon scene.
 _PNG_BYTES = 1.2
 
@@ -88,7 +92,7 @@ def cost(spec: RunSpec, first_step: int, profile: Profile) -> Cost:
     return Cost(
         train_seconds=steps * step_seconds,
         # One process evaluates.
-        evaluate_seconds=_evaluation_flops(spec, per_image) / rate,
+        evaluate_seconds=evaluation_flops(spec) / rate,
         other_seconds=profile.run_seconds,
         devices=profile.processes,
         evaluating_devices=evaluating.processes,
@@ -103,10 +107,15 @@ def samples_at_once(spec: RunSpec, profile: Profile) -> float:
     return profile.micro_batch or spec.train.batch / profile.processes
 
 
-def _evaluation_flops(spec: RunSpec, per_image: dict[str, float]) -> float:
+def evaluation_flops(spec: RunSpec) -> float:
+    """FLOPs of measuring a run once: every image drawn, and all passes over the validation images."""
     evaluate = spec.evaluate
     drawn = evaluate.fd_images + evaluate.geneval_images_per_prompt * _PROMPTS
-    return drawn * flops.sampling_flops(spec.model, evaluate.sampling) + evaluate.val_images * per_image["total"]
+    passes = _VIEWS[spec.model.order] * evaluate.val_images
+    if spec.model.order == "random":
+        passes += _STEPWISE_VIEWS * min(evaluate.val_images, _STEPWISE_IMAGES)
+    forward = flops.flops_per_image(spec.model)["total"]
+    return drawn * flops.sampling_flops(spec.model, evaluate.sampling) + passes * forward
 
 
 def memory(spec: RunSpec, profile: Profile) -> Memory:

@@ -16,7 +16,7 @@ from rich.table import Table
 from fluidscale.record import Placement, planned
 from fluidscale.spec import InvalidInput, RunSpec
 from fluidscale.sweep import Sweep
-from slurm.cost import Cost, cost, memory
+from slurm.cost import Cost, cost, evaluation_flops, memory
 from slurm.placement import Machine, Profile, place
 
 # A placement of more devices than this is not looked for.
@@ -152,6 +152,8 @@ def as_rows(plan: Plan) -> list[dict[str, Any]]:
             "gpus": 0 if run.placement.device == "cpu" else run.cost.devices,
             "hours": run.cost.seconds / 3600,
             "gpu_hours": run.cost.device_seconds / 3600,
+            "evaluation_flops": evaluation_flops(run.spec),
+            "evaluation_hours": run.cost.evaluate_seconds / 3600,
             "tokens_per_s_assumed": run.cost.tokens_per_s,
             "disk_gb": round(run.cost.disk_gb, 4),
             "array": run.array,
@@ -164,13 +166,15 @@ def as_table(plan: Plan) -> Table:
     """The plan for people."""
     table = Table(title=f"{plan.sweep.name}: {len(plan.runs)} runs, {len(plan.trunks)} trunks", title_justify="left")
     table.add_column("run", no_wrap=True)
-    for name in ("embed", "text", "body", "head", "params", "FLOPs", "images", "steps", "batch", "GB", "time", "array"):
+    parts = ("embed", "text", "body", "head", "params")
+    for name in (*parts, "FLOPs", "images", "steps", "batch", "GB", "eval", "time", "array"):
         table.add_column(name, justify="right", no_wrap=True)
     for row, run in zip(as_rows(plan), plan.runs, strict=True):
         parts = [count(row[f"params_{part}"]) for part in ("embed", "text", "body", "head", "total")]
         table.add_row(
             row["run_id"], *parts, f"{row['train_flops']:.2e}", count(row["images"]), str(row["steps"]),
-            str(row["batch"]), f"{row['memory_gb_per_gpu']:.1f}", duration(run.cost.seconds), run.array,
+            str(row["batch"]), f"{row['memory_gb_per_gpu']:.1f}", duration(run.cost.evaluate_seconds),
+            duration(run.cost.seconds), run.array,
         )  # fmt: skip
     return table
 
@@ -178,10 +182,12 @@ def as_table(plan: Plan) -> Table:
 def totals(plan: Plan) -> str:
     """One line: what the whole sweep costs on this machine."""
     machine, hours = plan.machine, f"{plan.worker_hours:.3g}"
-    flops = sum(row["train_flops"] for row in as_rows(plan))
+    rows = as_rows(plan)
+    flops, measuring = (sum(row[f"{part}_flops"] for row in rows) for part in ("train", "evaluation"))
     unit = "core-hours" if machine.profile.device == "cpu" else "GPU-hours"
     return (
-        f"{len(plan.runs)} runs in {len(plan.trunks)} trunks: {flops:.2e} training FLOPs, about {hours} "
+        f"{len(plan.runs)} runs in {len(plan.trunks)} trunks: {flops:.2e} training FLOPs and {measuring:.2e} to "
+        f"evaluate, about {hours} "
         f"{unit}; {duration(plan.hours * 3600)} on {machine.workers} {machine.profile.name} worker(s), "
         f"{max(run.cost.memory_gb for run in plan.runs):.1f} GB memory each, {plan.disk_gb:.2f} GB disk"
     )

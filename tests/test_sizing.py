@@ -7,7 +7,7 @@ import json
 import pytest
 from rich.console import Console
 
-from fluidscale.flops import params
+from fluidscale.flops import params, sampling_flops
 from fluidscale.sweep import load_sweep
 from slurm import cost, launch, placement, plan, sizing
 from slurm.placement import choose, load_profile
@@ -97,3 +97,21 @@ def test_tables_have_a_row_a_run_and_a_row_a_head(fluid):
     assert sum("ddp" in line or "fsdp" in line for line in said.splitlines()) == 21
     said = printed(sizing.alternatives((run.size, run.model) for run in fluid.runs))
     assert sum("%" in line for line in said.splitlines()) == 11
+
+
+def test_evaluation_is_priced_like_training(fluid):
+    """By what it draws and how often it looks at a validation image; nothing measured costs nothing."""
+    run = fluid.runs[0]
+    evaluation = dataclasses.replace(run.evaluate, val_images=100, geneval_images_per_prompt=4, fd_images=30_000)
+    run = dataclasses.replace(run, evaluate=evaluation)
+    twice = dataclasses.replace(evaluation, val_images=200, geneval_images_per_prompt=8, fd_images=60_000)
+    nothing = dataclasses.replace(evaluation, val_images=0, geneval_images_per_prompt=0, fd_images=0)
+    price, double, none = (
+        cost.evaluation_flops(dataclasses.replace(run, evaluate=one)) for one in (evaluation, twice, nothing)
+    )
+    assert double == pytest.approx(2 * price) and none == 0
+    drawn = (30_000 + 4 * 553) * sampling_flops(run.model, evaluation.sampling)
+    assert drawn < price < 1.1 * drawn
+    profile = load_profile("a100").of(run.size)
+    row = plan.as_rows(plan.make_plan(dataclasses.replace(fluid, runs=(run,)), plan.Machine(profile, 1)))[0]
+    assert row["evaluation_flops"] == price and 0 < row["evaluation_hours"] < row["hours"]
