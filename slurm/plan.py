@@ -166,8 +166,9 @@ def as_table(plan: Plan) -> Table:
     """The plan for people."""
     table = Table(title=f"{plan.sweep.name}: {len(plan.runs)} runs, {len(plan.trunks)} trunks", title_justify="left")
     table.add_column("run", no_wrap=True)
-    parts = ("embed", "text", "body", "head", "params")
-    for name in (*parts, "FLOPs", "images", "steps", "batch", "GB", "eval", "time", "array"):
+    for name in ("embed", "text", "body", "head", "params", "FLOPs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("images", "steps", "batch", "GB", "eval", "time", "array"):
         table.add_column(name, justify="right", no_wrap=True)
     for row, run in zip(as_rows(plan), plan.runs, strict=True):
         parts = [count(row[f"params_{part}"]) for part in ("embed", "text", "body", "head", "total")]
