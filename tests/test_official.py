@@ -17,7 +17,7 @@ from fluidscale.evaluate.judges.__main__ import main as judge
 from fluidscale.evaluate.judges.dinov2 import load_dinov2
 from fluidscale.evaluate.judges.official import check_official, official_geneval
 from fluidscale.evaluate.judges.pretrained import weights_sha256
-from fluidscale.evaluate.judges.selftest import GOLDEN, features_golden, tested
+from fluidscale.evaluate.judges.selftest import GOLDEN, features_golden, self_tested
 from fluidscale.evaluate.protocol import Detection
 from fluidscale.evaluate.samples import read_samples
 from fluidscale.spec import InvalidInput
@@ -179,14 +179,14 @@ def test_every_published_judge_is_tested_before_it_judges(folders, tmp_path):
     """Kept at first use by weights, compared afterwards; other weights are another judge."""
     path = tmp_path / "dinov2"
     dinov2(path)
-    first = tested(load_dinov2, features_golden, path, "cpu")
+    first = self_tested(load_dinov2, features_golden, path, "cpu")
     kept = json.loads((path / GOLDEN).read_text())
     assert kept["sha256"] == first.sha256 and np.shape(kept["values"]) == (3, 16)
     (path / GOLDEN).write_text(json.dumps(kept | {"values": [[0.0] * 16] * 3}))
     with pytest.raises(InvalidInput, match=r"golden\.json: on the fixed pictures this judge now differs"):
-        tested(load_dinov2, features_golden, path, "cpu")
+        self_tested(load_dinov2, features_golden, path, "cpu")
     (path / GOLDEN).write_text(json.dumps({"sha256": "0" * 64, "values": []}))
-    tested(load_dinov2, features_golden, path, "cpu")
+    self_tested(load_dinov2, features_golden, path, "cpu")
     assert json.loads((path / GOLDEN).read_text()) == kept
 
 

@@ -34,6 +34,9 @@ class Counting:
     def protocol(self, subject):
         return protocol_id("depth", guidance=subject.spec.evaluate.sampling.guidance_scale)
 
+    def drawings(self, subject):
+        return ()
+
     def __call__(self, subject, progress=lambda *_: None):
         self.measured += 1
         protocol = self.protocol(subject)

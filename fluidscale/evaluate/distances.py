@@ -120,7 +120,8 @@ def precision_recall(
         precise[rows] = (squared <= radii_y).any(axis=1)
         for without, radii in enumerate(radii_x):
             covered[without] |= (squared <= radii[rows, None]).any(axis=0)
-    recall, *left_out = covered.mean(axis=1)
+    shares = covered.mean(axis=1)
+    recall, left_out = shares[0], shares[1:]
     error = np.sqrt((groups - 1) / groups * np.sum((left_out - np.mean(left_out)) ** 2))
     return float(precise.mean()), float(recall), float(error)
 

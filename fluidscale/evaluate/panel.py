@@ -46,13 +46,13 @@ def _official(subject: Subject, rows: Sequence[Mapping[str, Any]], detector: Pat
     from fluidscale.evaluate.judges.clip import ColorClassifier, load_clip
     from fluidscale.evaluate.judges.mask2former import load_mask2former
     from fluidscale.evaluate.judges.official import check_official, official_geneval
-    from fluidscale.evaluate.judges.selftest import clip_golden, detector_golden, tested
+    from fluidscale.evaluate.judges.selftest import clip_golden, detector_golden, self_tested
 
     if clip is None:
         raise InvalidInput("--detector needs --clip: GenEval's colours are CLIP's")
     check_official(rows)
-    colors = tested(load_clip, clip_golden, clip, subject.device)
-    found = tested(load_mask2former, detector_golden, detector, subject.device)
+    colors = self_tested(load_clip, clip_golden, clip, subject.device)
+    found = self_tested(load_mask2former, detector_golden, detector, subject.device)
     print(f"detector {found.sha256}\nclip {colors.sha256}", file=sys.stderr)
 
     def judge(samples: Samples, progress: Progress) -> Iterator[Score]:

@@ -27,7 +27,7 @@ from fluidscale.evaluate.judges.inception import load_inception
 from fluidscale.evaluate.judges.mask2former import load_mask2former
 from fluidscale.evaluate.judges.official import check_official, official_geneval
 from fluidscale.evaluate.judges.scores import as_line, clip_score, coco_distances, keep_scores
-from fluidscale.evaluate.judges.selftest import clip_golden, detector_golden, features_golden, tested
+from fluidscale.evaluate.judges.selftest import clip_golden, detector_golden, features_golden, self_tested
 from fluidscale.evaluate.protocol import Progress, Score
 from fluidscale.evaluate.samples import read_samples
 from fluidscale.evaluate.share import Share, share_of_environment
@@ -43,12 +43,12 @@ def judged(arguments: argparse.Namespace, share: Share, progress: Progress) -> I
         raise InvalidInput("--reference goes with one of --inception and --dinov2: the network that made it")
     if arguments.detector and not arguments.clip:
         raise InvalidInput("--detector needs --clip: GenEval's colours are CLIP's")
-    clip = tested(load_clip, clip_golden, arguments.clip, arguments.device) if arguments.clip else None
+    clip = self_tested(load_clip, clip_golden, arguments.clip, arguments.device) if arguments.clip else None
     if clip:
         print(f"clip {clip.sha256}", file=sys.stderr)
     if arguments.detector:
         check_official(samples.rows)
-        detector = tested(load_mask2former, detector_golden, arguments.detector, arguments.device)
+        detector = self_tested(load_mask2former, detector_golden, arguments.detector, arguments.device)
         print(f"detector {detector.sha256}", file=sys.stderr)
         assert clip is not None
         yield from official_geneval(samples, detector, ColorClassifier(clip), clip.sha256, share, progress)
@@ -56,7 +56,7 @@ def judged(arguments: argparse.Namespace, share: Share, progress: Progress) -> I
         yield clip_score(samples, clip, share, progress)
     for load, where in ((load_inception, arguments.inception), (load_dinov2, arguments.dinov2)):
         if where:
-            network = tested(load, features_golden, where, arguments.device)
+            network = self_tested(load, features_golden, where, arguments.device)
             print(f"{network.name} {network.sha256}", file=sys.stderr)
             reference = load_reference(arguments.reference, network)
             yield from coco_distances(samples, network, reference, arguments.count, share, progress)

@@ -43,7 +43,7 @@ def features_golden(network: Extractor) -> list[list[float]]:
     return network(fixed_pictures())[:, :64].tolist()
 
 
-def tested(
+def self_tested(
     load: Callable[[Path, Device], Judge], golden: Callable[[Judge], list[list[float]]], where: Path, device: Device
 ) -> Judge:
     """The judge in a folder or file, on `device`, after its self-test.
