@@ -93,12 +93,7 @@ def _profile(fit: Fit, index: int, level: float) -> tuple[float, float]:
 
 
 def profile_intervals(fit: Fit, level: float = LEVEL) -> dict[str, tuple[float, float]]:
-    """Profile F intervals of the floor and the exponents; amplitudes keep their Gauss-Newton ones.
-
-    Raises InvalidTable under a robust objective, whose optimum is not where the sum of squares is least.
-    """
-    if fit.objective.name not in ("lse", "lse-log"):
-        raise InvalidTable("PROFILE_NEEDS_SQUARES", "--interval profile-F needs --objective lse-log or lse")
+    """Profile F intervals of the floor and the exponents; amplitudes keep their Gauss-Newton ones."""
     out = parameter_intervals(fit, level)
     for index, name in enumerate(fit.law.parameters):
         if name in out and not fit.frozen[index]:
@@ -109,9 +104,15 @@ def profile_intervals(fit: Fit, level: float = LEVEL) -> dict[str, tuple[float, 
 
 
 def intervals(fit: Fit, method: str, level: float = LEVEL, draws: int = 1000) -> dict[str, tuple[float, float]]:
-    """Intervals of every reported parameter by one of METHODS; deterministic."""
+    """Intervals of every reported parameter by one of METHODS; deterministic.
+
+    Raises InvalidTable for profile F and the wild bootstrap under a robust objective: its optimum is not where the sum
+    of squares is least, and its estimate does not follow residuals whose signs are flipped.
+    """
     if method == "gauss-newton-t":
         return parameter_intervals(fit, level)
+    if method != "pairs-cluster" and fit.objective.name not in ("lse", "lse-log"):
+        raise InvalidTable("NEEDS_SQUARES", f"--interval {method} needs --objective lse-log or lse")
     if method == "profile-F":
         return profile_intervals(fit, level)
     rng = np.random.default_rng(0)

@@ -47,10 +47,11 @@ def test_methods_agree_where_they_should() -> None:
     assert intervals(fitted, "pairs-cluster") == intervals(fitted, "pairs-cluster")
 
 
-def test_profile_needs_squares() -> None:
+@pytest.mark.parametrize("method", ["profile-F", "wild-cluster"])
+def test_what_rests_on_squares_is_refused_under_a_robust_objective(method: str) -> None:
     fitted = fit(law("chinchilla"), chinchilla_points(*grid(6, 4), 0.003, np.random.default_rng(2)))
-    with pytest.raises(InvalidTable, match="PROFILE_NEEDS_SQUARES"):
-        intervals(fitted, "profile-F")
+    with pytest.raises(InvalidTable, match=f"NEEDS_SQUARES.*{method}"):
+        intervals(fitted, method)
 
 
 def test_a_new_run_is_wider_than_the_law_and_says_how_far_it_is() -> None:
