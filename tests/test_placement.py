@@ -107,7 +107,8 @@ def test_siblings_pay_for_their_trunk_once_and_know_each_others_branches(tmp_pat
 def test_the_wall_time_is_that_of_the_busiest_worker(sweep):
     alone, pair, many = (plan.make_plan(sweep, Machine(load_profile("cpu"), workers)) for workers in (1, 2, 64))
     assert alone.hours == pytest.approx(alone.worker_hours)
-    assert alone.hours / 2 <= pair.hours < alone.hours
+    # Shared evenly, the halves may differ from half the whole in the last digit.
+    assert alone.hours / 2 <= pair.hours * (1 + 1e-12) < alone.hours
     longest = max(sum(run.cost.seconds for run in trunk) for trunk in many.trunks)
     assert many.hours == pytest.approx(longest / 3600)
 
