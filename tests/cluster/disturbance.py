@@ -209,7 +209,8 @@ class Disturbance:
     def _time_limit(self, task: str) -> None:
         # Two minutes from now: SLURM gives its notice at its next look at the clock, half a minute away at most.
         self._ask("scontrol", "update", f"JobId={task}", f"TimeLimit={self._minutes(task) + 2}")
-        eventually(lambda: self._state(task) != "RUNNING", f"{task} at its time limit", PATIENCE)
+        # SIGNALING is the giving of the notice: the run has yet to ask how much time it has left.
+        eventually(lambda: self._state(task) not in ("RUNNING", "SIGNALING"), f"{task} at its limit", PATIENCE)
         self._ask("scontrol", "update", f"JobId={task}", "TimeLimit=30")
         self.outcomes["time limit"] = (
             "the run stops with a checkpoint at SLURM's notice, submitit requeues the task",
