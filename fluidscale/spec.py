@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, TypeVar
 
 TOKEN_KINDS = ("continuous", "discrete")
@@ -168,12 +169,13 @@ class RunSpec:
         """Training images seen, repetitions counted."""
         return self.train.batch * self.train.steps
 
-    @property
+    # Hashed once: status over a thousand runs asks for both ids many times.
+    @cached_property
     def id(self) -> str:
         """A slug for people and a hash for programs, e.g. `continuous-random-369M-9f31c2ab7e`."""
         return f"{self.arm}-{self.size}-{digest(self)[:10]}"
 
-    @property
+    @cached_property
     def trunk_id(self) -> str:
         """Names the constant-rate trajectory: runs that differ only in length or evaluation share it."""
         content = canonical(self)

@@ -131,7 +131,11 @@ def _status(arguments: argparse.Namespace, console: Console) -> int:
         print(json.dumps({"runs": status.as_rows(states, plan.as_rows(planned))}, indent=1))
         return 0
     if not arguments.watch:
-        console.print(status.as_table(_states(planned, arguments.runs), planned.sweep.name))
+        states = _states(planned, arguments.runs)
+        if console.is_terminal:
+            console.print(status.as_table(states, planned.sweep.name))
+        else:
+            print(status.as_text(states, planned.sweep.name))
         return 0
     with Live(console=console, auto_refresh=False) as live:
         while True:

@@ -33,8 +33,6 @@ _EARLY_SECONDS = 60
 _HANDOVER_SECONDS = 300.0
 # After SIGTERM, SLURM decides what becomes of the job: the end (scancel) or the queue (preemption).
 _LAST_WORD_SECONDS = 300.0
-# A controller that is being restarted is asked again for so long why it ends a job.
-_ANSWER_SECONDS = 10.0
 # A look at the tracker's mirror: is there one for this run folder?
 _MIRROR_SECONDS = 5.0
 # What a mirror may take to come level at a task's end; the sweep's last job has all the time it needs.
@@ -125,14 +123,9 @@ class SlurmStop(StopSignal):
         signal.raise_signal(signal.SIGTERM)
 
     def cause(self) -> str:
-        """What SLURM says of this job at its first answer: preemption | time_limit | requeue, else stopped."""
-        deadline = time.monotonic() + _ANSWER_SECONDS
-        while not self._cause:
-            facts = scheduler.job_facts(attempts.job_id())
-            if facts or time.monotonic() > deadline:
-                self._cause = cause_of(facts, attempts.life(), self._noticed)
-            else:
-                time.sleep(0.5)
+        """What SLURM says of this job at the first asking: preemption | time_limit | requeue, else stopped."""
+        if not self._cause:
+            self._cause = cause_of(scheduler.job_facts(attempts.job_id()), attempts.life(), self._noticed)
         return self._cause
 
     def deafen(self) -> None:
