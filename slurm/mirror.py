@@ -67,5 +67,6 @@ class Mirror:
 
 
 def is_remote(uri: str | None) -> bool:
-    """Whether a tracking URI names a server, which any node may speak to."""
-    return uri is not None and uri.partition(":")[0] in ("http", "https", "databricks", "postgresql", "mysql")
+    """Whether a tracking URI names a server, which any node may speak to; a database's may name its driver as well."""
+    scheme = (uri or "").partition(":")[0].partition("+")[0]
+    return scheme in ("http", "https", "databricks", "postgresql", "mysql")

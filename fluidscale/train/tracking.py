@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fluidscale.spec import InvalidInput, RunSpec, canonical, run_spec_from_json
 log = logging.getLogger(__name__)
 _BATCH = 1000  # MLflow's limit of metrics a request; requests are what is slow, not metrics
 _PARAMS = 100  # MLflow's limit of parameters a request
+_SERVERS = ("http", "https", "databricks")  # schemes of stores that are spoken to through a server
 # `lost` is written into a run's status by whoever finds its job gone.
 _FINAL = {"done": "FINISHED", "diverged": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "lost": "KILLED"}
 
@@ -50,17 +52,22 @@ class Mirror:
     def __init__(self, runs: Path, tracking_uri: str | None = None) -> None:
         (runs / "mlflow").mkdir(parents=True, exist_ok=True)
         self.uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(runs)
-        self._client = MlflowClient(self.uri)
         self._name = without_secrets(self.uri)  # which is written into run folders
         self._artifacts = (runs / "mlflow" / "artifacts").resolve().as_uri()
         self._experiments: dict[str, str] = {}
+
+    @cached_property
+    def _client(self) -> MlflowClient:
+        # Made when it is needed: that of a database connects at once, and one that is down may be up at the next pass.
+        return MlflowClient(self.uri)
 
     def experiment(self, name: str) -> str:
         """The experiment's id, made where it is missing."""
         if name not in self._experiments:
             found = self._client.get_experiment_by_name(name)
-            # A remote server keeps artifacts where it was told to; only our own database needs a place.
-            place = self._artifacts if self.uri.startswith("sqlite") else None
+            # A server keeps artifacts where it was told to. A database keeps none: its client would put them below
+            # whatever folder it was called in.
+            place = None if self.uri.partition(":")[0] in _SERVERS else self._artifacts
             made = found.experiment_id if found else self._client.create_experiment(name, artifact_location=place)
             self._experiments[name] = made
         return self._experiments[name]

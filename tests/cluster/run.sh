@@ -1,5 +1,5 @@
 #!/bin/sh
-# Tests against real services, which they start themselves: SLURM, an MLflow server, a browser. Usage: run.sh PYTHON
+# run.sh PYTHON: tests against real services that they start themselves: SLURM, MLflow's server, Postgres, a browser.
 # Installs with apt what is missing. What cannot be had is said, and its tests are skipped; under CI=true they fail.
 set -eu
 python=$1
@@ -13,6 +13,8 @@ lacks munged munge
 lacks slurmdbd slurmdbd
 lacks mariadbd mariadb-server
 lacks setpriv util-linux
+# Debian keeps it off the path.
+ls /usr/lib/postgresql/*/bin/postgres >/dev/null 2>&1 || lacks postgres postgresql
 command -v google-chrome >/dev/null 2>&1 || lacks chromium chromium
 
 if [ -n "$missing" ]; then
