@@ -31,7 +31,7 @@ from rich.text import Text
 from fluidscale.folder import RunFolder
 from fluidscale.spec import InvalidInput
 from fluidscale.sweep import load_sweep
-from slurm import budget, claim, collect, layout, plan, scheduler, sizing, status
+from slurm import budget, claim, collect, layout, plan, scheduler, sizing, state_table, status
 from slurm.live import Bars, PlainLines
 from slurm.mirror import Mirror
 from slurm.placement import CLUSTERS, choose
@@ -133,15 +133,16 @@ def _status(arguments: argparse.Namespace, console: Console) -> int:
     if not arguments.watch:
         states = _states(planned, arguments.runs)
         if console.is_terminal:
-            console.print(status.as_table(states, planned.sweep.name))
+            console.print(state_table.as_table(states, planned.sweep.name, console.width))
         else:
-            print(status.as_text(states, planned.sweep.name))
+            print(state_table.as_text(states, planned.sweep.name))
         return 0
     with Live(console=console, auto_refresh=False) as live:
         while True:
             states = _states(planned, arguments.runs)
             hint = Text("Ctrl-C ends the watching, not the runs", style="dim")
-            live.update(Group(status.as_table(states, planned.sweep.name), hint), refresh=True)
+            drawn = state_table.as_table(states, planned.sweep.name, console.width, console.height)
+            live.update(Group(drawn, hint), refresh=True)
             if all(state.state in status.OVER for state in states):
                 return 0
             time.sleep(_WATCH_SECONDS)

@@ -9,20 +9,16 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.markup import escape
-from rich.table import Table
 
 from fluidscale import flops
 from fluidscale.folder import RunFolder
 from fluidscale.record import read_json, write_json
 from slurm import attempts, claim, layout
 from slurm.attempts import Attempt
-from slurm.plan import Plan, PlannedRun, count, duration
+from slurm.plan import Plan, PlannedRun
 
 # A heartbeat from another machine older than this is a death: several times the longest silence of a healthy run.
 SILENCE_SECONDS = 900.0
@@ -215,92 +211,6 @@ def as_rows(states: list[RunState], plan_rows: list[dict[str, Any]]) -> list[dic
     return rows
 
 
-_COLORS = {"done": "green", "running": "cyan", "trained": "cyan", "stopped": "yellow", "diverged": "magenta"}
-_COLORS |= {"failed": "red", "lost": "red"}
-
-
-# Of the tables for people, the columns that every run fills; text stands left, numbers right.
-_COLUMNS = ("run", "N", "D", "FLOPs", "state", "seen", "step", "tok/s", "MFU", "ETA", "used/plan", "val loss",
-            "GenEval", "FD")  # fmt: skip
-
-
-def as_table(states: list[RunState], title: str) -> Table:
-    """The states for people: what it is, how far it is, how fast, what it scored, what went wrong."""
-    table = Table(title=f"{title}: {tally(states)}", title_justify="left")
-    more = _more(states)
-    for name in _COLUMNS:
-        table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
-    for name, _ in more:
-        table.add_column(name)
-    for state in states:
-        cells = [escape(cell) for cell in (*_cells(state), *(cell(state) for _, cell in more))]
-        if color := _COLORS.get(state.state):
-            cells[_COLUMNS.index("state")] = f"[{color}]{cells[_COLUMNS.index('state')]}[/]"
-        table.add_row(*cells)
-    return table
-
-
-def as_text(states: list[RunState], title: str) -> str:
-    """The same as aligned lines, for files and pipes: to draw a table of a thousand runs takes longer than the rest."""
-    more = _more(states)
-    rows = [[*_COLUMNS, *(name for name, _ in more)]]
-    rows += [[*_cells(state), *(cell(state) for _, cell in more)] for state in states]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = {0, *range(len(_COLUMNS), len(rows[0]))}
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([f"{title}: {tally(states)}", *(line.rstrip() for line in lines)])
-
-
-def _more(states: list[RunState]) -> list[tuple[str, Callable[[RunState], str]]]:
-    """Columns that only some sweeps need."""
-    more: list[tuple[str, Callable[[RunState], str]]] = []
-    if any(attempts.retries(state.attempts) for state in states):
-        more.append(("retries", _retries))
-    if any(state.error for state in states):
-        more.append(("last error", lambda state: state.error or ""))
-    return more
-
-
-def _retries(state: RunState) -> str:
-    return ", ".join(f"{times} {cause}" for cause, times in attempts.retries(state.attempts).items())
-
-
-def _cells(state: RunState) -> list[str]:
-    spec, cost = state.planned.spec, state.planned.cost
-    running = state.state == "running"
-    tokens_per_s, mfu = speed(state) if running else (None, None)
-    used = "-" if state.device_seconds_used is None else duration(state.device_seconds_used)
-    label = state.phase if running and state.phase not in ("", "train") else state.state
-    return [
-        spec.id,
-        count(flops.params(spec.model)["total"]),
-        count(spec.images),
-        f"{flops.train_flops(spec):.1e}",
-        label,
-        duration(max(0.0, time.time() - state.heartbeat)) if running and state.heartbeat else "",
-        f"{100 * state.step / spec.train.steps:.0f}%",
-        "" if tokens_per_s is None else count(tokens_per_s),
-        "" if mfu is None else f"{100 * mfu:.1f}%",
-        "" if state.eta_seconds is None else duration(state.eta_seconds),
-        f"{used}/{duration(cost.device_seconds)}",
-        _score(state, "val_loss", 4),
-        _score(state, "geneval", 3),
-        _score(state, "fd", 2) or _score(state, "fid", 2),
-    ]
-
-
-def _score(state: RunState, metric: str, digits: int) -> str:
-    if metric not in state.scores:
-        return ""
-    value, error = state.scores[metric]
-    return f"{value:.{digits}f}" + (f"±{error:.{digits}f}" if error is not None else "")
-
-
 def tally(states: list[RunState]) -> str:
     """`12 done, 2 running, 6 queued`."""
     order = ("done", "diverged", "failed", "trained", "running", "lost", "stopped", "queued", "planned")
@@ -308,5 +218,4 @@ def tally(states: list[RunState]) -> str:
     return ", ".join(f"{number} {name}" for name, number in counts.items() if number)
 
 
-__all__ = ["FINISHED", "OVER", "RunState", "as_rows", "as_table", "as_text", "read_state", "read_states", "speed",
-           "tally", "write_back"]  # fmt: skip
+__all__ = ["FINISHED", "OVER", "RunState", "as_rows", "read_state", "read_states", "speed", "tally", "write_back"]

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from fluidscale.folder import RunFolder
 from fluidscale.record import write_json
-from slurm import attempts, claim, layout, plan, status
+from slurm import attempts, claim, launch, layout, plan, state_table, status
 from slurm.live import PlainLines
 from slurm.placement import Machine, load_profile
 
@@ -29,8 +29,8 @@ def state_of(planned, runs, run):
     return next(state for state in status.read_states(planned, runs) if state.planned is run)
 
 
-def as_text(table):
-    console = Console(width=250, record=True, file=io.StringIO())
+def as_text(table, width=250):
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(table)
     return console.export_text()
 
@@ -87,12 +87,25 @@ def test_the_table_shows_scores_errors_and_the_tally(planned, tmp_path):
     RunFolder(tmp_path / failed.spec.id).set_status("failed", error="ValueError: told so")
     states = status.read_states(planned, tmp_path)
     assert status.tally(states) == f"1 done, 1 failed, {len(planned.runs) - 2} planned"
-    text = as_text(status.as_table(states, "cheap"))
+    text = as_text(state_table.as_table(states, "cheap"))
     assert "1.2346±0.0040" in text and "ValueError: told so" in text and done.spec.id in text
     rows = status.as_rows(states, plan.as_rows(planned))
     assert rows[0]["val_loss"] == 1.23456 and rows[0]["state"] == "done" and rows[0]["run_id"] == done.spec.id
     assert rows[1]["error"] == "ValueError: told so"
     json.dumps(rows, allow_nan=False)
+
+
+def test_a_small_terminal_shows_whole_columns_and_the_runs_that_matter(planned, tmp_path):
+    """Rich squeezes columns to nothing rather than leaving one out, and a live display is cut at the terminal's end."""
+    RunFolder(tmp_path / planned.runs[-1].spec.id).set_status("failed", error="ValueError: told so")
+    states = status.read_states(planned, tmp_path)
+    assert len(states) > 3
+    small = state_table.as_table(states, "cheap", width=100, height=10)
+    text = as_text(small, width=100)
+    assert max(map(len, text.splitlines())) <= 100 and f"of {len(states)} runs 3 shown" in text
+    assert planned.runs[-1].spec.id in text and "failed" in text and "val loss" in text and "MFU" not in text
+    assert planned.runs[0].spec.id in text and planned.runs[-2].spec.id not in text
+    assert "MFU" in as_text(state_table.as_table(states, "cheap"))
 
 
 def test_used_and_planned_hours_of_a_run_are_both_of_all_its_devices(tmp_path):
@@ -109,7 +122,7 @@ def test_used_and_planned_hours_of_a_run_are_both_of_all_its_devices(tmp_path):
     [row, *_] = status.as_rows([state], plan.as_rows(planned)[:1])
     assert row["gpu_hours_used"] == pytest.approx(row["gpu_hours"], rel=0.01)
     planned_time = plan.duration(price.device_seconds)
-    assert f"{planned_time}/{planned_time}" in as_text(status.as_table([state], "four processes a run"))
+    assert f"{planned_time}/{planned_time}" in as_text(state_table.as_table([state], "four processes a run"))
     # A run by hand, of which only its training's own clock is known.
     (folder.path / "attempts.json").unlink()
     write_json(folder.checkpoints / "cost.json", {"seconds": 60.0, "tokens_per_s": 1.0})
@@ -128,3 +141,11 @@ def test_plain_lines_tell_each_change_once(planned, tmp_path):
     cheap(run.spec, tmp_path / run.spec.id, run.placement, lambda: False)
     show(status.read_states(planned, tmp_path))
     assert [line.split()[0] for line in lines] == ["running", "done"]
+
+
+def test_status_of_a_cluster_s_runs_needs_none_of_its_commands(tmp_path, monkeypatch, capsys):
+    """On a laptop that has mounted or copied the run folders."""
+    sweep = write_sweep(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launch.main(["status", str(sweep), "--cluster", "slurm", "--runs", str(tmp_path / "runs")]) == 0
+    assert "planned" in capsys.readouterr().out
