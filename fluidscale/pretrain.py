@@ -65,9 +65,9 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "vae": Recipe("continuous", {"widths": [32, 64, 128], "kl_weight": 1e-3}, 6000, 16, 5e-3, channels=8),
     "vq": Recipe("discrete", {"widths": [32, 64, 128], "code_width": 16, "warmup": 1500}, 6000, 16, 5e-3, codes=1024),
-    "detector": Recipe("detector", {"shape": "pyramid", "widths": [24, 48, 64]}, 2000, 32, 3e-3),
+    "detector": Recipe("detector", {"shape": "pyramid", "widths": [24, 48, 64]}, 3000, 32, 3e-3),
     # Another architecture, other scenes, other initial weights: it shares only the task with the first.
-    "detector2": Recipe("detector", {"shape": "tower", "widths": [32]}, 2000, 32, 3e-3, seed=1),
+    "detector2": Recipe("detector", {"shape": "tower", "widths": [32]}, 3000, 32, 3e-3, seed=1),
     "features": Recipe("features", {"widths": [24, 48, 128], "features": 64, "max_count": 4}, 4000, 32, 3e-3),
 }
 
@@ -146,17 +146,16 @@ class Workshop:
 
     def path(self, target: str) -> Path:
         """Where a target's weights belong."""
-        default = shipped.WEIGHTS if target.partition("-")[0] in ("vae", "vq") else shipped.EVALUATE_WEIGHTS
-        return (self.out or default) / f"{self.name}-{target}.safetensors"
+        return (self.out or _shipped_folder(target)) / f"{self.name}-{target}.safetensors"
 
-    def judge(self, target: str) -> Path:
-        """The weights that measure a tokenizer: those beside it, else the shipped ones of this world."""
+    def nearest(self, target: str) -> Path:
+        """A network that another is trained or measured with: the one beside it, else the shipped one of this world."""
         own = self.path(target)
-        return own if own.exists() else shipped.EVALUATE_WEIGHTS / own.name
+        return own if own.exists() else _shipped_folder(target) / own.name
 
     def tokenizers(self) -> dict[str, Any]:
         """Those tokenizers of this world that have been trained already."""
-        paths = {target: self.path(target) for target in ("vae", "vq")}
+        paths = {target: self.nearest(target) for target in ("vae", "vq")}
         return {target: load_tokenizer(str(path)) for target, path in paths.items() if path.exists()}
 
     def card(self, target: str, recipe: Recipe, command: str) -> dict[str, Any]:
@@ -258,11 +257,15 @@ def measure(workshop: Workshop, target: str) -> dict[str, Any]:
     load_weights(network, data)
     card |= workshop.quality(network.eval().requires_grad_(False), card)
     if card["kind"] in ("continuous", "discrete"):
-        detector = load_detector(str(workshop.judge("detector")))
-        features = load_features(str(workshop.judge("features")))
+        detector = load_detector(str(workshop.nearest("detector")))
+        features = load_features(str(workshop.nearest("features")))
         card |= {"detector_sha256": detector.sha256, "features_sha256": features.sha256}
         card |= references(workshop.world, load_tokenizer(str(path)), detector, features)
     return shipped.store(path, data, card)
+
+
+def _shipped_folder(target: str) -> Path:
+    return shipped.WEIGHTS if target.partition("-")[0] in ("vae", "vq") else shipped.EVALUATE_WEIGHTS
 
 
 def _check_writable(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fluidscale.evaluate.detect import Target
-from fluidscale.evaluate.flaws import Pictures, judged_views, mingle
+from fluidscale.evaluate.flaws import SHAKEN, Pictures, judged_views, mingle, shake
 from fluidscale.pretrain import batch, seconds, targets
 from fluidscale.sweep import load_world
 from fluidscale.tokens.image import load_tokenizer, to_pixels
@@ -95,3 +95,16 @@ def test_what_detectors_learn_from_stays_a_picture(both):
     assert (views.pixels - to_pixels(own.images)).abs().mean() < 0.25
     others_found = [new != old for new, old in zip(views.objects, before, strict=True)]
     assert 0.05 < np.mean(others_found) < 0.5 and own.objects == before
+
+
+def test_shaken_pictures_show_each_place_from_a_few_pixels_beside_it():
+    """A picture whose colours are its coordinates tells from where each pixel came."""
+    rows, columns = np.mgrid[0:32, 0:32].astype(np.uint8)
+    images = np.stack([np.stack([rows, columns, rows], axis=-1)] * 40)
+    torch.manual_seed(0)
+    shaken = shake(images, grid=4).astype(int)
+    moves = (shaken - images)[..., :2]
+    assert np.abs(moves).max() == SHAKEN
+    inner = moves.reshape(40, 4, 8, 4, 8, 2)[:, 1:3, :, 1:3]
+    assert (inner == inner[:, :, :1, :, :1]).all(), "a token's place moves as one, away from the edge"
+    assert len(np.unique(inner[:, :, 0, :, 0].reshape(40, -1), axis=0)) > 30

@@ -1,9 +1,10 @@
 """Pictures as a detector will meet them: a generator's flaws, made on purpose, so that judges agree on what is there.
 
-Three kinds. Roughened: blur, tint and noise. Through a tokenizer: what any model's pictures look like at their best.
-Mingled: some tokens come from a second picture, of another scene or of the same content in other places, which is what
-a model does that cannot decide where a thing goes. An icon that is no longer whole is then no icon: without examples
-of such, two detectors that are right on every real scene draw that line in two places.
+Four kinds. Roughened: blur, tint and noise. Through a tokenizer: what any model's pictures look like at their best.
+Shaken: every token shows the scene a little displaced, as where a model has drawn each by itself: what it shows is
+there, if out of shape. Mingled: some tokens come from a second picture, of another scene or of the same content in
+other places, which is what a model does that cannot decide where a thing goes. An icon that is no longer whole is then
+no icon: without examples of such, two detectors that are right on every real scene draw that line in two places.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from fluidscale.evaluate.detect import Target
 from fluidscale.tokens.image import Tokenizer, to_pixels
 from fluidscale.tokens.quality import reconstruct
 
-# Shares of pictures left as rendered, roughened and mingled; the rest goes through a tokenizer.
-AS_RENDERED, ROUGHENED, MINGLED = 0.25, 0.2, 0.35
+# Shares of pictures left as rendered, roughened, shaken and mingled; the rest goes through a tokenizer as it is.
+KINDS = {"rendered": 0.2, "roughened": 0.15, "shaken": 0.2, "mingled": 0.3}
+# How far, in px per axis, a token of a shaken picture may be displaced.
+SHAKEN = 3.0
 # The share of an icon's box that must be as it was for the icon to count as there.
 WHOLE = 0.65
 # Two icons of one class and colour this close, px per axis, are one: pictures mingled there still show it.
@@ -56,18 +59,18 @@ def judged_views(own: Pictures, seconds: Pictures, tokenizers: Sequence[Tokenize
     Tokenizers take turns.
     """
     pixels, objects = to_pixels(own.images), list(own.objects)
-    kind = torch.rand(len(pixels))
-    rough = (kind >= AS_RENDERED) & (kind < AS_RENDERED + ROUGHENED)
-    if rough.any():
-        pixels[rough] = roughen(pixels[rough])
-    through = kind >= AS_RENDERED + ROUGHENED
-    mixed = through & (kind < AS_RENDERED + ROUGHENED + MINGLED)
+    drawn = torch.bucketize(torch.rand(len(pixels)), torch.tensor([*KINDS.values()]).cumsum(0))
+    kinds = {name: drawn == number for number, name in enumerate((*KINDS, "plain"))}
+    if kinds["roughened"].any():
+        pixels[kinds["roughened"]] = roughen(pixels[kinds["roughened"]])
     for which, tokenizer in enumerate(tokenizers):
         turn = torch.arange(len(pixels)) % len(tokenizers) == which
-        plain, half = (((part & turn).nonzero()[:, 0]).numpy() for part in (through & ~mixed, mixed))
-        if len(plain):
-            pixels[plain] = to_pixels(reconstruct(tokenizer, own.images[plain]))
-        if len(half):
+        rows = {name: (part & turn).nonzero()[:, 0].numpy() for name, part in kinds.items()}
+        through = np.concatenate([rows["plain"], rows["shaken"]])
+        if len(through):
+            shaken = shake(own.images[rows["shaken"]], tokenizer.grid)
+            pixels[through] = to_pixels(reconstruct(tokenizer, np.concatenate([own.images[rows["plain"]], shaken])))
+        if len(half := rows["mingled"]):
             mingled = mingle(tokenizer, own.some(half), seconds.some(half))
             pixels[half] = to_pixels(mingled.images)
             for i, found in zip(half, mingled.objects, strict=True):
@@ -82,6 +85,18 @@ def roughen(pixels: Tensor) -> Tensor:
     pixels = pixels.lerp(blurred, torch.rand(per_image))
     pixels = pixels * (1 + 0.1 * torch.randn(per_image)) + 0.05 * torch.randn(len(pixels), 3, 1, 1)
     return (pixels + 0.15 * torch.rand(per_image) * torch.randn_like(pixels)).clamp(-1, 1)
+
+
+def shake(images: np.ndarray, grid: int) -> np.ndarray:
+    """Each token's place shows the picture a few px beside it, each picture's more or less far."""
+    count, resolution = images.shape[:2]
+    far = SHAKEN * torch.rand(count, 1, 1, 1)
+    moves = (far * (2 * torch.rand(count, 2, grid, grid) - 1)).round().long()
+    moves = moves.repeat_interleave(resolution // grid, 2).repeat_interleave(resolution // grid, 3)
+    places = torch.arange(resolution)
+    rows = (places[:, None] + moves[:, 0]).clamp(0, resolution - 1).numpy()
+    columns = (places + moves[:, 1]).clamp(0, resolution - 1).numpy()
+    return images[np.arange(count)[:, None, None], rows, columns]
 
 
 def mingle(tokenizer: Tokenizer, own: Pictures, seconds: Pictures) -> Pictures:
