@@ -19,10 +19,11 @@ _LEVELS = {"eps": 1000, "v": 256, "flow": 256}
 def params(spec: ModelSpec) -> dict[str, int]:
     """Parameters: embed (tokens, input positions), text (words, projection, aligner, null), body, head, total."""
     d, tokens = spec.width, spec.num_tokens
-    embed = (2 + tokens) * d + (spec.vocab_size * d if spec.head is None else _linear(spec.token_channels, d))
+    slots = tokens + spec.buffer_tokens
+    embed = (2 + slots) * d + (spec.vocab_size * d if spec.head is None else _linear(spec.token_channels, d))
     aligner = spec.aligner_depth * _block(spec, cross=False, positions=0)
     text = spec.text_vocab_size * spec.text_width + _linear(spec.text_width, d) + spec.text_length * d + aligner + 3 * d
-    positions = tokens if spec.position == "every_layer" else 0
+    positions = slots if spec.position == "every_layer" else 0
     body = spec.depth * _block(spec, cross=True, positions=positions) + 2 * d
     head = _linear(d, spec.vocab_size) if spec.head is None else _denoiser(spec, spec.head)
     return {"embed": embed, "text": text, "body": body, "head": head, "total": embed + text + body + head}
@@ -87,9 +88,10 @@ def flops_per_image(spec: ModelSpec, batch: int | None = None) -> dict[str, floa
     d, tokens, words = spec.width, spec.num_tokens, spec.text_length
     mlp = 2 * spec.mlp_ratio * d * d
     text = words * spec.text_width * d + spec.aligner_depth * (words * (4 * d * d + mlp) + 2 * words * words * d)
-    own = tokens * 4 * d * d + 2 * tokens * tokens * d
-    cross = tokens * 2 * d * d + words * 2 * d * d + 2 * tokens * words * d
-    body = spec.depth * (own + cross + tokens * mlp) + tokens * spec.token_channels * d
+    slots = tokens + spec.buffer_tokens
+    own = slots * 4 * d * d + 2 * slots * slots * d
+    cross = slots * 2 * d * d + words * 2 * d * d + 2 * slots * words * d
+    body = spec.depth * (own + cross + slots * mlp) + tokens * spec.token_channels * d
     counted = mean_counted(spec)
     head = counted * d * spec.vocab_size if spec.head is None else _denoising(spec, spec.head, counted, batch)
     parts = {"text": 2.0 * text, "body": 2.0 * body, "head": 2.0 * head}

@@ -22,6 +22,7 @@ ARMS = tuple(f"{kind}-{order}" for kind in TOKEN_KINDS for order in ORDERS)
 # Fields added after the first release: absent from the canonical form while they hold their default.
 _ADDED_LATER: dict[str, set[str]] = {
     "RunSpec": {"text_encoder_sha256"},
+    "ModelSpec": {"encoder_depth", "buffer_tokens"},
     "TrainSpec": {"decay_shape", "decay_head"},
     "SamplingSpec": {"final_denoising_steps"},
 }
@@ -63,6 +64,8 @@ class ModelSpec:
     position: str = "input"  # input | every_layer (learned, added to q and k, with 2-D rotary)
     mask_law: str = "none"  # raster: none; random: one of MASK_LAWS
     head: DiffusionSpec | None = None  # None: softmax
+    encoder_depth: int = 0  # random: of `depth`, the blocks before mask tokens enter (MAR's encoder); 0: one stack
+    buffer_tokens: int = 0  # random: learned vectors before the image's tokens, which every slot sees (MAR: 64)
 
     @property
     def num_tokens(self) -> int:

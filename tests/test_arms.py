@@ -217,6 +217,9 @@ IMPOSSIBLE = (
     {"vocab_size": 0},
     {"num_heads": 3},
     {"num_heads": 8, "position": "every_layer"},
+    {"encoder_depth": 2},
+    {"buffer_tokens": -1},
+    {"order": "raster", "mask_law": "none", "buffer_tokens": 2},
 )
 
 

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_models import ARMS, POSITIONS, arm_spec
+from tiny_models import ARMS, POSITIONS, arm_spec, with_encoder
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -60,7 +60,8 @@ def test_the_papers_ladder_in_closed_form_is_the_built_model_within_4_percent_of
 @pytest.mark.parametrize("arm", ARMS)
 def test_small_models_in_closed_form_are_the_built_models(arm, objective, position):
     spec = arm_spec(arm, position, objective)
-    for variant in (spec, dataclasses.replace(spec, text_vocab_size=0, aligner_depth=0, mlp_ratio=3)):
+    other = dataclasses.replace(spec, text_vocab_size=0, aligner_depth=0, mlp_ratio=3)
+    for variant in (spec, other, *with_encoder(spec)):
         assert params(variant) == built(meta(variant))
 
 
@@ -130,8 +131,9 @@ def test_flops_are_torchs_count_on_the_papers_scale(size, arm):
 def test_flops_are_torchs_count_on_small_models(arm, objective):
     for position in POSITIONS:
         spec = arm_spec(arm, position, objective, grid=4, repeats=2)
-        forward, _ = counted_flops(spec, 64)
-        assert flops_per_image(spec, 64) == pytest.approx(forward, rel=0.005)
+        for variant in (spec, *with_encoder(spec)):
+            forward, _ = counted_flops(variant, 64)
+            assert flops_per_image(variant, 64) == pytest.approx(forward, rel=0.005)
 
 
 def test_time_embeddings_vanish_in_a_large_batch():

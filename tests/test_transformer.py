@@ -1,11 +1,17 @@
 import dataclasses
 
+import pytest
 import torch
-from tiny_models import arm_spec, awake, text_of, tokens_of
+from tiny_models import POSITIONS, arm_spec, awake, sampling_of, text_of, tokens_of, with_encoder
 
+from fluidscale.model.generator import generate
 from fluidscale.model.order import Random, Raster
-from fluidscale.model.transformer import Text, rotary_table
+from fluidscale.model.transformer import Place, Text, rotary_table
 from fluidscale.model.transformer import _rotate as rotate
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def z_of(model, text, drop=None, batch=3):
@@ -16,7 +22,7 @@ def z_of(model, text, drop=None, batch=3):
 
 def test_rotary_products_depend_on_the_offset_in_rows_and_columns_only():
     grid, size = 4, 8
-    cos, sin = rotary_table(grid, size, torch.device("cpu"))
+    cos, sin = rotary_table(grid, size, 0, torch.device("cpu"))
     q, k = torch.randn(2, size, generator=torch.Generator().manual_seed(0))
     scores = rotate(q.expand(16, -1), cos, sin) @ rotate(k.expand(16, -1), cos, sin).T
     at = scores.view(grid, grid, grid, grid)  # row, column of query, then of key
@@ -74,3 +80,49 @@ def test_shared_positions_are_a_shortcut_and_nothing_else():
         with torch.no_grad():
             tokens, text = tokens_of(model.spec, 3), text_of(model.spec, 3)
             assert torch.allclose(model(view, tokens, text), model(written_out, tokens, text), atol=1e-6)
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@torch.no_grad()
+def test_an_encoder_is_given_what_is_known_and_nothing_else(position):
+    """MAR's encoder runs on the known tokens alone; here on all slots, of which the unknown must be as if not there."""
+    for spec in with_encoder(arm_spec("continuous-random", position, grid=4)):
+        if not spec.encoder_depth:
+            continue
+        model = awake(spec)
+        known = torch.arange(16)[None] % 3 == 0
+        view, text = model.order.view(known), text_of(spec, 1)
+        seen = []
+        model.trunk.blocks[1].register_forward_pre_hook(lambda block, given, seen=seen: seen.append(given[0]))
+        model(view, tokens_of(spec, 1), text)
+        blocks = model.trunk.blocks
+        kept = torch.cat([torch.ones(1, spec.buffer_tokens, dtype=torch.bool), known], dim=1)[0]
+        x, positions = model.trunk._entered(model.head.embed(tokens_of(spec, 1)), view)
+        alone = blocks[0](x[:, kept], _place(model, positions[:, kept]), model.text(text, None))
+        assert torch.allclose(seen[0][:, kept], alone, atol=1e-5)
+        assert torch.equal(seen[0][:, ~kept], x[:, ~kept]), "mask tokens enter the decoder as they are"
+
+
+def _place(model, positions):
+    """Where some slots stand, with nobody else beside them."""
+    trunk = model.trunk
+    if not trunk.rotary:
+        return Place(causal=False)
+    angles = rotary_table(trunk.grid, trunk.head_dim, trunk.num_buffers, positions.device)
+    cos, sin = (angle[positions][:, :, None, None] for angle in angles)
+    return Place(causal=False, positions=positions, rotary=(cos, sin))
+
+
+@pytest.mark.parametrize("arm", ["continuous-random", "discrete-random"])
+@pytest.mark.parametrize("position", POSITIONS)
+def test_encoder_and_buffers_learn_in_every_parameter_and_draw_whole_images(arm, position):
+    for spec in with_encoder(arm_spec(arm, position)):
+        model = awake(spec)
+        tokens, text = tokens_of(spec, 8), text_of(spec, 8)
+        for view in (model.order.training_view(8, 9, rng()), model.order.view(torch.zeros(8, 9, dtype=torch.bool))):
+            losses, counted = model.losses(tokens, text, view, rng(1), torch.tensor([True] + [False] * 7))
+            (losses.sum() / counted.sum()).backward()
+        silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        assert silent == [] and losses.isfinite().all()
+        drawn = generate(model, text_of(spec, 2), sampling_of(spec), [1, 2])
+        assert drawn.shape[:2] == (2, 9) and torch.isfinite(drawn.float()).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fluidscale.model.build import FluidModel, build
@@ -63,4 +65,13 @@ def sampling_of(spec: ModelSpec, num_steps: int = 4, guidance: float = 2.0, temp
     return SamplingSpec(guidance, temperature, num_steps, schedule, 6, SOLVERS[spec.head.objective])
 
 
-__all__ = ["ARMS", "POSITIONS", "SOLVERS", "arm_spec", "awake", "sampling_of", "text_of", "tokens_of"]
+def with_encoder(spec: ModelSpec) -> tuple[ModelSpec, ...]:
+    """A spec with MAR's encoder, with buffer tokens, and with both; raster order has neither."""
+    if spec.order == "raster":
+        return ()
+    changes = ({"encoder_depth": 1}, {"buffer_tokens": 3}, {"encoder_depth": 1, "buffer_tokens": 3})
+    return tuple(replace(spec, **change) for change in changes)
+
+
+__all__ = ["ARMS", "POSITIONS", "SOLVERS", "arm_spec", "awake", "sampling_of", "text_of", "tokens_of",
+           "with_encoder"]  # fmt: skip

@@ -100,6 +100,13 @@ def check(spec: ModelSpec) -> None:
         raise InvalidInput(f"unknown order {spec.order!r}; known: {', '.join(ORDERS)}")
     if spec.position not in POSITIONS:
         raise InvalidInput(f"unknown position {spec.position!r}; known: {', '.join(POSITIONS)}")
+    if spec.order == "raster" and (spec.encoder_depth or spec.buffer_tokens):
+        raise InvalidInput("encoder_depth and buffer_tokens are of random order: raster order has no mask tokens")
+    if not 0 <= spec.encoder_depth < spec.depth or spec.buffer_tokens < 0:
+        raise InvalidInput(
+            f"encoder_depth {spec.encoder_depth}, buffer_tokens {spec.buffer_tokens}: at least 0, and a block of "
+            f"depth {spec.depth} must be left for the decoder"
+        )
     head_dim, rest = divmod(spec.width, spec.num_heads)
     if rest:
         raise InvalidInput(f"width {spec.width} is not divisible by num_heads {spec.num_heads}")

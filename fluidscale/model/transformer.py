@@ -7,13 +7,14 @@ have no cross-attention: 12 d^2. That is the count which explains Fluid's report
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluidscale.model.order import View
+from fluidscale.model.order import MASK, View
 from fluidscale.spec import ModelSpec
 
 # MAR (arXiv 2406.11838).
@@ -207,14 +208,21 @@ class TextEncoder(nn.Module):
 
 
 class Trunk(nn.Module):
-    """The image transformer: embedded tokens in, one vector z per slot out."""
+    """The image transformer: embedded tokens in, one vector z per slot out.
+
+    With `encoder_depth` its first blocks are MAR's encoder (arXiv 2406.11838): the known tokens see each other and the
+    buffer tokens alone, and the mask tokens enter after them. Their slots are computed all along and thrown away, so
+    that every sample may have its own number of known tokens; MAR leaves them out.
+    """
 
     def __init__(self, spec: ModelSpec, causal: bool) -> None:
         super().__init__()
         self.causal, self.grid, self.head_dim = causal, spec.grid, spec.width // spec.num_heads
-        everywhere = spec.num_tokens if spec.position == "every_layer" else 0
+        self.encoder_depth, self.num_buffers = spec.encoder_depth, spec.buffer_tokens
+        slots = spec.num_tokens + spec.buffer_tokens  # the buffers' positions come last
+        everywhere = slots if spec.position == "every_layer" else 0
         self.special = table(2, spec.width)  # read by START and MASK
-        self.position = table(spec.num_tokens, spec.width)
+        self.position = table(slots, spec.width)
         self.blocks = nn.ModuleList(
             Block(spec.width, spec.num_heads, spec.mlp_ratio, cross=True, num_positions=everywhere)
             for _ in range(spec.depth)
@@ -226,18 +234,44 @@ class Trunk(nn.Module):
         """z (B, S, d) from embedded tokens (B, L, d). With a cache and a causal order, of the new slots only."""
         past = cache.length if cache is not None and self.causal else 0
         view = view.since(past)
-        positions = view.distinct_positions.to(embedded.device, non_blocking=True)
-        x = self._read(embedded, view.reads) + F.embedding(positions, self.position)
+        x, positions = self._entered(embedded, view)
         place = Place(self.causal, past, cache.capacity if cache is not None else 0)
         if self.rotary:
-            angles = rotary_table(self.grid, self.head_dim, x.device)
+            angles = rotary_table(self.grid, self.head_dim, self.num_buffers, x.device)
             cos, sin = (t[positions][:, :, None, None] for t in angles)
             place = Place(self.causal, past, place.capacity, positions, (cos, sin))
-        for i, block in enumerate(self.blocks):
-            x = block(x, place, text, cache.layers[i] if cache is not None else None)
+        layers = cache.layers if cache is not None else [None] * len(self.blocks)
+        split = self.encoder_depth
+        if split:
+            x = self._encoded(x, view, text, place, layers)
+        for block, layer in zip(self.blocks[split:], layers[split:], strict=True):
+            x = block(x, place, text, layer)
         if cache is not None:
             cache.length = past + x.shape[1]
-        return self.norm(x)
+        return self.norm(x)[:, self.num_buffers :]
+
+    def _entered(self, embedded: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """What the first block is given, and where it stands. A buffer is, at first, its position alone."""
+        positions = view.distinct_positions.to(embedded.device, non_blocking=True)
+        x = self._read(embedded, view.reads)
+        if self.num_buffers:
+            own = torch.arange(len(self.position) - self.num_buffers, len(self.position), device=embedded.device)
+            positions = torch.cat([own.expand(len(positions), -1), positions], dim=1)
+            x = F.pad(x, (0, 0, self.num_buffers, 0))
+        return x + F.embedding(positions, self.position), positions
+
+    def _encoded(
+        self, x: Tensor, view: View, text: Text, place: Place, layers: Sequence[LayerCache | None]
+    ) -> Tensor:
+        """What the encoder makes of buffers and known tokens (of all slots, where nothing is known); the rest of x."""
+        known = view.reads != MASK
+        if not self.num_buffers:
+            known = known | ~known.any(1, keepdim=True)
+        seen = F.pad(known, (self.num_buffers, 0), value=True).to(x.device, non_blocking=True)
+        inside, encoded = replace(place, mask=seen[:, None, None]), x
+        for block, layer in zip(self.blocks[: self.encoder_depth], layers, strict=False):
+            encoded = block(encoded, inside, text, layer)
+        return torch.where(seen[..., None], encoded, x)
 
     def _read(self, embedded: Tensor, reads: Tensor) -> Tensor:
         batch, length, width = embedded.shape
@@ -252,14 +286,15 @@ class Trunk(nn.Module):
 
 
 @functools.cache
-def rotary_table(grid: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines (grid * grid, head dim): half of the pairs turn with the row, half with the column."""
+def rotary_table(grid: int, head_dim: int, buffers: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines (grid * grid + buffers, head dim): half of the pairs turn with the row, half with the
+    column; buffers stand nowhere and do not turn."""
     pairs = head_dim // 4
     frequency = ROTARY_BASE ** (-torch.arange(pairs, dtype=torch.float64, device="cpu") / pairs)
     place = torch.arange(grid, dtype=torch.float64, device="cpu")
     row = (place[:, None] * frequency)[:, None].expand(grid, grid, pairs)
     column = (place[:, None] * frequency)[None].expand(grid, grid, pairs)
-    angle = torch.cat([row, column], dim=-1).reshape(grid * grid, 2 * pairs)
+    angle = F.pad(torch.cat([row, column], dim=-1).reshape(grid * grid, 2 * pairs), (0, 0, 0, buffers))
     cos, sin = torch.cos(angle), torch.sin(angle)
     signed = torch.cat([-sin, sin], dim=-1)
     return torch.cat([cos, cos], dim=-1).float().to(device), signed.float().to(device)
