@@ -260,9 +260,7 @@ class Trunk(nn.Module):
             x = F.pad(x, (0, 0, self.num_buffers, 0))
         return x + F.embedding(positions, self.position), positions
 
-    def _encoded(
-        self, x: Tensor, view: View, text: Text, place: Place, layers: Sequence[LayerCache | None]
-    ) -> Tensor:
+    def _encoded(self, x: Tensor, view: View, text: Text, place: Place, layers: Sequence[LayerCache | None]) -> Tensor:
         """What the encoder makes of buffers and known tokens (of all slots, where nothing is known); the rest of x."""
         known = view.reads != MASK
         if not self.num_buffers:
