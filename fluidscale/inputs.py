@@ -85,13 +85,14 @@ def _encoded(data: dict[str, Any], tokenizer: Any, encoder: str, where: str) -> 
         assets = {sha256: str(folder)}
         for name, known, given in (("tokenizer", card, tokenizer), ("text_encoder", text, encoder)):
             if given:
-                assets[known["sha256"]] = str(_there(Path(str(given)), f"{where}: {name}"))
+                assets[known["sha256"]] = str(there(Path(str(given)), f"{where}: {name}"))
         return Inputs(card, data, model, text["encoder"], text["sha256"], assets)
     except (KeyError, TypeError) as error:
         raise InvalidInput(f"{path}: not a manifest of fluidscale.encode ({error!r} is missing)") from error
 
 
-def _there(path: Path, where: str) -> Path:
+def there(path: Path, where: str) -> Path:
+    """The absolute path. Raises InvalidInput when nothing is there."""
     if not path.exists():
         raise InvalidInput(f"{where}: no such file or folder: {path}")
     return path.absolute()

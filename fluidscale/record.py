@@ -44,16 +44,17 @@ class Placement:
     peak_flops: float = 0.0  # of the device, per second; 0: unknown, mfu stays empty
     data_dir: str = ""  # encoded scenes of embedded worlds; empty: <runs>/data
     # Where the folders are that the spec names by sha256: shards, tokenizer, text encoder. {sha256: path}
+    # Published judges' files lie under judge:NAME (published.JUDGES).
     assets: dict[str, str] = field(default_factory=dict)
 
-    def asset(self, sha256: str, what: str) -> Path:
-        """The folder of this hash. Raises InvalidInput when the placement does not say where it is."""
-        if sha256 not in self.assets:
+    def asset(self, key: str, what: str) -> Path:
+        """The folder or file under a key. Raises InvalidInput when the placement does not say where it is."""
+        if key not in self.assets:
             raise InvalidInput(
-                f"{what} {sha256[:12]}..: the placement does not say where it is; plan the sweep again, "
-                f'or add {{"{sha256}": "FOLDER"}} to "assets" in placement.json'
+                f"{what}: the placement does not say where it is; plan the sweep again, "
+                f'or add {{"{key}": "PATH"}} to "assets" in placement.json'
             )
-        return Path(self.assets[sha256])
+        return Path(self.assets[key])
 
     evaluate: bool = True  # False: training only, another job evaluates
 

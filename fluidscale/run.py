@@ -26,6 +26,7 @@ from fluidscale.spec import InvalidInput, RunSpec, from_dict, run_spec_from_json
 
 if TYPE_CHECKING:
     from fluidscale.data.sources import Source
+    from fluidscale.evaluate import Subject
     from fluidscale.train.ranks import Ranks
 
 log = logging.getLogger("fluidscale.run")
@@ -84,9 +85,7 @@ def _claim(folder: RunFolder, spec: RunSpec, placement: Placement) -> None:
     folder.set_status("running", phase="start", steps=spec.train.steps)
 
 
-def _start_processes(
-    folder: RunFolder, placement: Placement, should_stop: Callable[[], bool]
-) -> dict[str, Any] | None:
+def _start_processes(folder: RunFolder, placement: Placement, should_stop: Callable[[], bool]) -> dict[str, Any] | None:
     """Computes a run in a process a device of this machine; a request to stop is passed on to them."""
     from fluidscale.train.callbacks import Stopped
 
@@ -117,7 +116,7 @@ def _start_processes(
 def _compute(
     spec: RunSpec, folder: RunFolder, placement: Placement, should_stop: Callable[[], bool], ranks: Ranks
 ) -> dict[str, Any] | None:
-    """Trains together with the run's other processes; then the first one judges while the others wait."""
+    """Trains together with the run's other processes, then judges with them: each draws and looks at its share."""
     import torch
 
     from fluidscale.data.sources import open_source
@@ -129,40 +128,74 @@ def _compute(
     status = "done"
     try:
         if not ranks.agree(folder.weights.exists()):
+            # An embedded world's judges come with the program; published ones are files of the user's.
+            if spec.evaluate.judges:
+                _rehearse(spec, folder, placement, source, ranks)
             if ranks.leads:
                 folder.set_status("running", phase="data")
             fit(spec, folder, placement, source.training(), should_stop, ranks)
     except Diverged as error:
         log.warning("diverged: %s", error)
         status = "diverged"
-    try:
-        if not ranks.leads:
-            return None
-        if status == "done" and not placement.evaluate:
-            folder.set_status("trained", phase="evaluate", step=spec.train.steps)
-            return None
-        return _judge(spec, folder, placement, source, status)
-    finally:
+    record = None
+    if status == "diverged" or placement.evaluate:
+        seconds = _judge(spec, folder, placement, source, ranks) if status == "done" else 0.0
+        record = _record(spec, folder, placement, source, status, seconds) if ranks.leads else None
+    elif ranks.leads:
+        folder.set_status("trained", phase="evaluate", step=spec.train.steps)
+    # Not after a fault: the others are then waiting elsewhere, and end with this process.
+    ranks.barrier()
+    return record
+
+
+def _rehearse(spec: RunSpec, folder: RunFolder, placement: Placement, source: Source, ranks: Ranks) -> None:
+    """Raises InvalidInput, before anything is trained, when the run's judges could not judge it."""
+    import torch
+
+    from fluidscale.evaluate import rehearse
+    from fluidscale.model.build import build
+
+    with torch.device("meta"):
+        model = build(spec.model)
+    rehearse(_subject(model, spec, folder, placement, source, ranks))
+
+
+def _judge(spec: RunSpec, folder: RunFolder, placement: Placement, source: Source, ranks: Ranks) -> float:
+    """Evaluates what was trained and returns the seconds that took."""
+    from fluidscale.evaluate import evaluate
+
+    if ranks.leads:
+        folder.set_status("running", phase="evaluate")
+    started, model = time.monotonic(), None
+    for turn in range(placement.devices):
+        # One of a node at a time: its host then holds the whole weights once.
+        if ranks.rank % placement.devices == turn:
+            model = load_weights(spec, folder).to(device_of(placement))
         ranks.barrier()
+    for score in evaluate(_subject(model, spec, folder, placement, source, ranks)):
+        if ranks.leads:
+            log.info("%s = %.5g +- %.2g", score.metric.name, score.value, score.se)
+    return time.monotonic() - started
 
 
-def _judge(
-    spec: RunSpec, folder: RunFolder, placement: Placement, source: Source, status: str
+def _subject(
+    model: Any, spec: RunSpec, folder: RunFolder, placement: Placement, source: Source, ranks: Ranks
+) -> Subject:
+    from fluidscale.evaluate import Subject
+    from fluidscale.evaluate.share import Share
+
+    share = Share(ranks.rank, ranks.size, ranks.host)
+    return Subject(model, spec, source, folder.path, device_of(placement), share=share, placement=placement)
+
+
+def _record(
+    spec: RunSpec, folder: RunFolder, placement: Placement, source: Source, status: str, seconds: float
 ) -> dict[str, Any]:
-    """Evaluates what was trained, unless it diverged, and writes the record."""
-    from fluidscale.evaluate import Subject, evaluate
-
-    seconds, tokens_per_s = 0.0, None
+    """Writes the record of a run that is over, `seconds` of which went into its evaluation."""
+    tokens_per_s = None
     if status == "done":
         cost = read_json(folder.checkpoints / "cost.json") or {}
-        seconds, tokens_per_s = cost["seconds"], cost["tokens_per_s"]
-        folder.set_status("running", phase="evaluate")
-        started = time.monotonic()
-        device = device_of(placement)
-        model = load_weights(spec, folder).to(device)
-        for score in evaluate(Subject(model, spec, source, folder.path, device)):
-            log.info("%s = %.5g +- %.2g", score.metric.name, score.value, score.se)
-        seconds += time.monotonic() - started
+        seconds, tokens_per_s = seconds + cost["seconds"], cost["tokens_per_s"]
     outcome = {
         "lr_decay_complete": status == "done",
         "gpu_hours": seconds * placement.processes / 3600,

@@ -25,6 +25,7 @@ _ADDED_LATER: dict[str, set[str]] = {
     "ModelSpec": {"encoder_depth", "buffer_tokens"},
     "TrainSpec": {"decay_shape", "decay_head"},
     "SamplingSpec": {"final_denoising_steps"},
+    "EvaluateSpec": {"judges", "geneval_prompts_sha256", "fid_prompts_sha256"},
 }
 
 T = TypeVar("T")
@@ -147,6 +148,10 @@ class EvaluateSpec:
     val_images: int
     geneval_images_per_prompt: int
     fd_images: int
+    # Of a run on real images: which published judges look at what it draws (published.JUDGES), and at which prompts.
+    judges: tuple[str, ...] = ()
+    geneval_prompts_sha256: str = ""
+    fid_prompts_sha256: str = ""
 
 
 @dataclass(frozen=True)

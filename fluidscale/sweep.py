@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fluidscale.inputs import Inputs, read_inputs
+from fluidscale.published import read_judges
 from fluidscale.spec import (
     ARMS,
     MASK_LAWS,
@@ -44,6 +45,7 @@ _KEYS = (
     "by_order",
     "by_arm",
     "vary",
+    "judges",
 )
 _SECTIONS = ("model", "data", "train", "evaluate", "tokenizer", "text_encoder")
 
@@ -52,7 +54,7 @@ _SECTIONS = ("model", "data", "train", "evaluate", "tokenizer", "text_encoder")
 class Sweep:
     """A named list of runs and the text of the file that asked for them; partial when a filter left some out.
 
-    `assets` says where the folders are that the runs name by sha256.
+    `assets` says where the folders are that the runs name by sha256, and under judge:NAME the judges' files.
     """
 
     name: str
@@ -134,16 +136,17 @@ def load_sweep(name: str, sizes: Sequence[str] | None = None, arms: Sequence[str
     only = {size: _listed(plan["only"], size, ARMS, f"{where}: only") for size in plan.get("only") or {}}
     kept_sizes = _filter(all_sizes, sizes, "SIZE", where)
     kept_arms = _filter(all_arms, arms, "ARM", where)
+    judges = read_judges(plan.get("judges") or {}, where)
     runs = [
-        run
+        (judges.asked_of(run, inputs.card.get("resolution")), inputs)
         for size, arm in itertools.product(kept_sizes, kept_arms)
         if arm in only.get(size, ARMS)
         for seed in _seeds(plan, size, where)
         for varied in _varied(plan.get("vary") or {}, where)
-        for run in _runs(plan, arm, size, ladder[size], int(seed), varied, where)
+        for run, inputs in _runs(plan, arm, size, ladder[size], int(seed), varied, where)
     ]
     unique = {run.id: run for run, _ in runs}
-    assets = {sha256: path for _, inputs in runs for sha256, path in inputs.assets.items()}
+    assets = judges.assets | {sha256: path for _, inputs in runs for sha256, path in inputs.assets.items()}
     if not unique:
         raise InvalidInput(f"{where}: no runs; `sizes`, `arms`, `seeds` and `images` must each list at least one value")
     partial = len(kept_sizes) * len(kept_arms) < len(all_sizes) * len(all_arms)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fluidscale import flops
+from fluidscale.published import GENEVAL_PROMPTS, JUDGES
 from fluidscale.spec import RunSpec
 from slurm.placement import Profile
 
@@ -23,8 +24,9 @@ _BLOCK_VALUES, _INPUT_VALUES = 20, 2
 _HEAD_VALUES, _HEAD_INPUT_VALUES = 9, 4
 # A Python process with torch, Lightning and the evaluation networks.
 _PROCESS_GB = 0.9
-# GenEval's prompts (djghosh13/geneval); the embedded world poses about as many, seen and unseen combinations together.
-_PROMPTS = 553
+# What a published judge computes an image, FLOPs, by torch's FlopCounterMode (tests/test_sizing.py): Mask2Former Swin-S
+# at 800 px without its colours, Inception-v3, DINOv2 and CLIP ViT-L/14 at 224 px.
+_JUDGE_FLOPS = {"geneval": 4.4e11, "fid": 1.1e10, "fd": 1.6e11, "clip_score": 1.7e11}
 # Passes over a validation image in fluidscale/evaluate: val_loss and val_nll, four views each where a view shows a part
 # of the tokens; the two stepwise likelihoods, 16 steps each of at most 256 images.
 _VIEWS = {"raster": 2, "random": 8}
@@ -67,7 +69,7 @@ class Cost:
 
     @property
     def device_seconds(self) -> float:
-        """Of all devices together; those that wait while one of them evaluates are paid for too."""
+        """Of all devices together."""
         training = (self.train_seconds + self.other_seconds) * self.devices
         return training + self.evaluate_seconds * self.evaluating_devices
 
@@ -91,8 +93,8 @@ def cost(spec: RunSpec, first_step: int, profile: Profile) -> Cost:
     evaluating = profile.evaluating or profile
     return Cost(
         train_seconds=steps * step_seconds,
-        # One process evaluates.
-        evaluate_seconds=evaluation_flops(spec) / rate,
+        # Images are shared out; every process makes the passes over the validation images.
+        evaluate_seconds=(_drawn_flops(spec) / evaluating.processes + _passes_flops(spec)) / rate,
         other_seconds=profile.run_seconds,
         devices=profile.processes,
         evaluating_devices=evaluating.processes,
@@ -108,14 +110,29 @@ def samples_at_once(spec: RunSpec, profile: Profile) -> float:
 
 
 def evaluation_flops(spec: RunSpec) -> float:
-    """FLOPs of measuring a run once: every image drawn, and all passes over the validation images."""
+    """FLOPs of measuring a run once: every image drawn and judged, and all passes over the validation images."""
+    return _drawn_flops(spec) + _passes_flops(spec)
+
+
+def _images(spec: RunSpec) -> dict[str, int]:
+    """How many images each count of `evaluate` draws. An embedded world poses about as many prompts as GenEval."""
     evaluate = spec.evaluate
-    drawn = evaluate.fd_images + evaluate.geneval_images_per_prompt * _PROMPTS
+    geneval = evaluate.geneval_images_per_prompt * GENEVAL_PROMPTS
+    return {"fd_images": evaluate.fd_images, "geneval_images_per_prompt": geneval}
+
+
+def _drawn_flops(spec: RunSpec) -> float:
+    images, evaluate = _images(spec), spec.evaluate
+    drawing = sum(images.values()) * flops.sampling_flops(spec.model, evaluate.sampling)
+    return drawing + sum(images[JUDGES[judge][0]] * _JUDGE_FLOPS[judge] for judge in evaluate.judges)
+
+
+def _passes_flops(spec: RunSpec) -> float:
+    evaluate = spec.evaluate
     passes = _VIEWS[spec.model.order] * evaluate.val_images
     if spec.model.order == "random":
         passes += _STEPWISE_VIEWS * min(evaluate.val_images, _STEPWISE_IMAGES)
-    forward = flops.flops_per_image(spec.model)["total"]
-    return drawn * flops.sampling_flops(spec.model, evaluate.sampling) + passes * forward
+    return passes * flops.flops_per_image(spec.model)["total"]
 
 
 def memory(spec: RunSpec, profile: Profile) -> Memory:
@@ -155,6 +172,6 @@ def disk_gb(spec: RunSpec) -> float:
     """What a run leaves on disk, GB: two checkpoints, its branch point, the final weights and its pictures."""
     weights = flops.params(spec.model)["total"]
     pixels = (spec.data.world.resolution if spec.data.world else 256) ** 2
-    pictures = spec.evaluate.fd_images + spec.evaluate.geneval_images_per_prompt * _PROMPTS
+    pictures = sum(_images(spec).values())
     checkpoints = weights * _CHECKPOINT_BYTES * (_CHECKPOINTS_KEPT + 1)
     return (checkpoints + weights * 4 + pictures * pixels * _PNG_BYTES) / 1e9

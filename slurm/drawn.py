@@ -14,8 +14,8 @@ from typing import Any
 from fluidscale.record import read_json, write_atomic
 from fluidscale.spec import RunSpec, canonical
 
-# The score of a run and the prompts it was asked; tags are parts of the first.
-_SPLITS = {"geneval": "seen", "geneval_unseen": "unseen"}
+# The score of a run and the prompts it was asked, of an embedded world or of GenEval's own file; tags are parts of it.
+_SETS = {"geneval": ("seen", "geneval"), "geneval_unseen": ("unseen",)}
 # Two folders of pictures may lie in a run (other weights, other prompts): the one that gives the recorded score counts.
 _SAME = 1e-9
 # Images of the shown prompt, and the tag it is of: two objects show more than one, and no tag is as hard as position.
@@ -39,8 +39,8 @@ class Answer:
 def answers(run_dir: Path, record: Mapping[str, Any]) -> dict[str, list[Answer]]:
     """Metric -> its prompts; a metric without results that give the recorded score is left out."""
     found = {}
-    for metric, split in _SPLITS.items():
-        for path in sorted((run_dir / "samples").glob(f"{split}-*/results.jsonl")):
+    for metric, sets in _SETS.items():
+        for path in sorted(p for name in sets for p in (run_dir / "samples").glob(f"{name}-*/results.jsonl")):
             read = _read(path)
             if record.get(metric) is not None and abs(_score(read) - record[metric]) < _SAME:
                 found[metric] = read
@@ -59,11 +59,12 @@ def _read(path: Path) -> list[Answer]:
 
 
 def _score(found: Sequence[Answer]) -> float:
-    """The unweighted mean of the tags' means over prompts."""
-    tags: dict[str, list[float]] = {}
+    """The unweighted mean of the tags' means over images, of which every prompt of a tag has the same number."""
+    tags: dict[str, list[bool]] = {}
     for answer in found:
-        tags.setdefault(answer.tag, []).append(answer.mean)
-    return sum(sum(means) / len(means) for means in tags.values()) / max(len(tags), 1)
+        # A file may pose a text twice, whose images are then one answer.
+        tags.setdefault(answer.tag, []).extend(answer.right)
+    return sum(sum(right) / len(right) for right in tags.values()) / max(len(tags), 1)
 
 
 def protocols_any_n(spec: RunSpec, run_dir: Path, found: Mapping[str, Sequence[Answer]]) -> dict[str, str]:
@@ -72,11 +73,13 @@ def protocols_any_n(spec: RunSpec, run_dir: Path, found: Mapping[str, Sequence[A
     A mean over prompts is unbiased in that number: scores that differ in it alone may share a law. Empty where the
     results do not lie in the run's folder.
     """
-    judge = ((read_json(run_dir / "eval" / "geneval.json") or {}).get("extra") or {}).get("detector_sha256")
-    if judge is None or not found:
+    judges = (read_json(run_dir / "eval" / "geneval.json") or {}).get("extra") or {}
+    if "detector_sha256" not in judges or not found:
         return {}
     facts = {
-        "detector": judge,
+        "detector": judges["detector_sha256"],
+        # GenEval's own detector leaves colours to CLIP.
+        **({"clip": judges["clip_sha256"]} if "clip_sha256" in judges else {}),
         "prompts": {metric: sorted({(a.tag, a.prompt) for a in asked}) for metric, asked in found.items()},
         "world": canonical(spec.data.world),
     }

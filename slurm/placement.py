@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fluidscale.published import judge_assets
 from fluidscale.record import Placement
 from fluidscale.spec import InvalidInput, RunSpec, from_dict, unknown_key
 from fluidscale.sweep import read_yaml
@@ -140,7 +141,7 @@ def choose(cluster: str, name: str | None, resources: Path | None = None) -> Mac
 
 def place(spec: RunSpec, profile: Profile, branch_steps: tuple[int, ...], assets: Mapping[str, str]) -> Placement:
     """What `fluidscale.run` needs to know of the profile; `branch_steps` are those of all runs of its trunk,
-    and `assets` says where a sweep's files are, by sha256.
+    and `assets` says where a sweep's files are, by sha256, or judge:NAME.
 
     Raises InvalidInput when the batch does not divide into processes x micro-batches x their accumulation.
     """
@@ -153,7 +154,7 @@ def place(spec: RunSpec, profile: Profile, branch_steps: tuple[int, ...], assets
             f"{where}: a batch of {spec.train.batch} is not micro_batch {profile.micro_batch} x {processes} devices x "
             "a whole number of accumulated steps; change micro_batch, devices or nodes"
         )
-    named = (spec.data.manifest_sha256, spec.tokenizer_sha256, spec.text_encoder_sha256)
+    named = (spec.data.manifest_sha256, spec.tokenizer_sha256, spec.text_encoder_sha256, *judge_assets(spec))
     return Placement(
         device=profile.device,
         strategy=profile.strategy,
@@ -166,7 +167,7 @@ def place(spec: RunSpec, profile: Profile, branch_steps: tuple[int, ...], assets
         checkpoint_minutes=profile.checkpoint_minutes,
         branch_steps=branch_steps,
         peak_flops=profile.peak_tflops * 1e12,
-        assets={sha256: assets[sha256] for sha256 in named if sha256 and sha256 in assets},
+        assets={key: assets[key] for key in named if key and key in assets},
     )
 
 

@@ -17,8 +17,8 @@ from slurm.status import RunState, speed, tally
 _COLORS = {"done": "green", "running": "cyan", "trained": "cyan", "stopped": "yellow", "diverged": "magenta"}
 _COLORS |= {"failed": "red", "lost": "red"}
 # The columns that every run fills; text stands left, numbers right.
-_COLUMNS = ("run", "N", "D", "FLOPs", "state", "seen", "step", "tok/s", "MFU", "ETA", "used/plan", "val loss",
-            "GenEval", "FD")  # fmt: skip
+_COLUMNS: tuple[str, ...] = ("run", "N", "D", "FLOPs", "state", "seen", "step", "tok/s", "MFU", "ETA",
+                             "used/plan", "val loss", "GenEval", "FD")  # fmt: skip
 # What a narrow terminal does without, in this order.
 _SPARED = ("MFU", "tok/s", "FLOPs", "seen", "N", "FD", "used/plan", "D", "ETA")
 _TEXT_WIDTH = 20  # that a column of words may be broken down to

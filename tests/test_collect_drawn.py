@@ -57,6 +57,18 @@ def test_only_results_that_give_the_recorded_score_count(tmp_path: Path) -> None
     assert answers(tmp_path / "a", {"geneval": 0.123}) == {} and answers(tmp_path / "a", {}) == {}
 
 
+def test_geneval_s_own_file_is_collected_too_and_may_pose_a_text_twice(tmp_path: Path) -> None:
+    evaluated(tmp_path / "a", 4, 3, "geneval-1")
+    results = tmp_path / "a" / "samples" / "geneval-1" / "results.jsonl"
+    results.write_text(results.read_text().replace("a bus and a car", "a cat and a dog"))
+    found = answers(tmp_path / "a", {"geneval": (0.75 + 0.375) / 2})["geneval"]
+    assert [(a.tag, len(a.right), a.mean) for a in found] == [("counting", 4, 0.75), ("two_object", 8, 0.375)]
+    names = [protocols_any_n(SPEC, tmp_path / "a", {"geneval": found})["geneval_protocol_any_n"]]
+    write_json(tmp_path / "a" / "eval" / "geneval.json", {"extra": {"detector_sha256": "d1", "clip_sha256": "c1"}})
+    names += [protocols_any_n(SPEC, tmp_path / "a", {"geneval": found})["geneval_protocol_any_n"]]
+    assert names[0] != names[1]
+
+
 def test_the_number_of_images_does_not_change_the_protocol_and_the_judge_does(tmp_path: Path) -> None:
     names = {}
     for run, images, detector in (("one", 1, "d1"), ("four", 4, "d1"), ("other", 4, "d2")):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from processes import together
@@ -56,6 +57,19 @@ def test_five_steps_are_the_same_in_one_process_and_in_two_ddp_or_fsdp(tmp_path,
         # what rounding may move is a share of the rate.
         for name, tensor in weights(tmp_path / "one" / spec.id).items():
             assert torch.allclose(weights(folder)[name], tensor, atol=1e-3 * spec.train.lr), name
+
+
+def test_a_world_is_judged_by_two_processes_as_by_one(tmp_path, tiny_spec):
+    """An embedded world's run is measured as one process measures it: same prompts, same number of images."""
+    spec = tiny_spec("discrete-raster", steps=5, decay_steps=1)
+    spec = dataclasses.replace(spec, evaluate=dataclasses.replace(spec.evaluate, geneval_images_per_prompt=1))
+    alone = train(spec, tmp_path / "one" / spec.id, ONE)
+    shared = together(2, train, spec, tmp_path / "two" / spec.id, DDP)[0]
+    for metric in ("geneval", "geneval_unseen", "detector_agreement", "val_loss"):
+        assert np.isfinite(shared[metric]) and shared[f"{metric}_n"] == alone[f"{metric}_n"]
+        assert shared[f"{metric}_protocol"] == alone[f"{metric}_protocol"]
+    folders = [next((tmp_path / name / spec.id / "samples").glob("seen-*")) for name in ("one", "two")]
+    assert len({frozenset(path.name for path in folder.glob("*.png")) for folder in folders}) == 1
 
 
 def test_sharded_bfloat16_is_one_process_in_bfloat16_to_its_tolerance(tmp_path, tiny_spec):

@@ -8,7 +8,9 @@ import pytest
 from rich.console import Console
 
 from fluidscale.flops import params, sampling_flops
+from fluidscale.published import GENEVAL_PROMPTS, JUDGES
 from fluidscale.sweep import load_sweep
+from fluidscale.world.prompts import PROTOCOL
 from slurm import cost, launch, placement, plan, sizing
 from slurm.placement import choose, load_profile
 
@@ -115,3 +117,64 @@ def test_evaluation_is_priced_like_training(fluid):
     profile = load_profile("a100").of(run.size)
     row = plan.as_rows(plan.make_plan(dataclasses.replace(fluid, runs=(run,)), plan.Machine(profile, 1)))[0]
     assert row["evaluation_flops"] == price and 0 < row["evaluation_hours"] < row["hours"]
+
+
+def test_images_are_drawn_and_judged_by_all_devices_that_evaluate(fluid):
+    run = fluid.runs[0]
+    evaluate = dataclasses.replace(run.evaluate, val_images=0)
+    run = dataclasses.replace(run, evaluate=evaluate)
+    judged = dataclasses.replace(run, evaluate=dataclasses.replace(evaluate, judges=tuple(JUDGES)))
+    added = cost.evaluation_flops(judged) - cost.evaluation_flops(run)
+    assert sum(PROTOCOL.values()) == GENEVAL_PROMPTS == 553
+    assert added == pytest.approx(4 * 553 * 4.4e11 + 30_000 * (1.1e10 + 1.6e11 + 1.7e11))
+    one = load_profile("h100")
+    eight = dataclasses.replace(one, evaluation={"strategy": "ddp", "devices": 8})
+    alone, together = (cost.cost(judged, 0, profile) for profile in (one, eight))
+    assert alone.evaluate_seconds == pytest.approx(8 * together.evaluate_seconds)
+    assert alone.evaluate_seconds * alone.evaluating_devices == pytest.approx(together.evaluate_seconds * 8)
+
+
+def test_judges_cost_what_is_said_of_them():
+    """Counted on the published configurations, without values."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import (
+        CLIPConfig,
+        CLIPModel,
+        Dinov2Config,
+        Dinov2Model,
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        SwinConfig,
+    )
+
+    from fluidscale.evaluate.judges.inception import Inception
+
+    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    swin = SwinConfig(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24], window_size=7,
+                      out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
+    vision = {**large, "intermediate_size": 4096, "image_size": 224}
+    with torch.device("meta"):
+        clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=768))
+        dinov2, inception = Dinov2Model(Dinov2Config(**large, image_size=518)), Inception().eval()
+        seen, words = torch.zeros(1, 3, 224, 224), torch.zeros(1, 20, dtype=torch.long)
+    # Its sampling of features needs a device that is one.
+    with FakeTensorMode() as fake:
+        detector = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(backbone_config=swin, num_queries=100)).eval()
+
+    def detect():
+        with fake:
+            detector(pixel_values=torch.zeros(1, 3, 800, 800))
+
+    calls = {
+        "geneval": detect,
+        "fid": lambda: inception(seen),
+        "fd": lambda: dinov2(pixel_values=seen),
+        "clip_score": lambda: (clip.vision_model(pixel_values=seen), clip.text_model(input_ids=words)),
+    }
+    for name, call in calls.items():
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            call()
+        assert cost._JUDGE_FLOPS[name] == pytest.approx(counter.get_total_flops(), rel=0.05), name

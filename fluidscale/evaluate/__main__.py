@@ -31,7 +31,7 @@ from fluidscale.evaluate.merge import merge
 from fluidscale.spec import InvalidInput
 
 # What depends on how images are drawn: all that is worth measuring again under another guidance scale.
-_OF_DRAWING = ("geneval", "fd")
+_OF_DRAWING = ("geneval", "fd", "fid", "clip_score")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,7 +76,10 @@ def _evaluate(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from fluidscale.evaluate.suite import chosen, evaluate_all
 
     own, *subjects = _subjects(arguments)
-    work = [(one, chosen(one, arguments.metrics or (_OF_DRAWING if one.variant else None))) for one in subjects]
+    drawn = [name for name in _OF_DRAWING if name in {evaluator.name for evaluator in chosen(own, None)}]
+    # Where nothing is drawn, naming what could be says so.
+    again = arguments.metrics or drawn or _OF_DRAWING
+    work = [(one, chosen(one, again if one.variant else arguments.metrics)) for one in subjects]
     by_scale: dict[float, list[Any]] = {}
     with shown() as progress:
         for subject, score in evaluate_all(work, progress):
@@ -91,13 +94,9 @@ def _pose(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from fluidscale.evaluate.judges.scores import keep_scores
     from fluidscale.evaluate.panel import judge_of
     from fluidscale.evaluate.shown import shown
-    from fluidscale.world.prompts import read_prompts
+    from fluidscale.world.prompts import check_text, read_prompts
 
-    def check(prompt: Any) -> None:
-        if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
-            raise InvalidInput("expected a JSON object with a text under 'prompt'")
-
-    prompts = read_prompts(arguments.prompts, check)
+    prompts = read_prompts(arguments.prompts, check_text)
     repeats = 4 if arguments.images_per_prompt is None else arguments.images_per_prompt
     rows = [{"index": index, **prompt} for index, prompt in enumerate(prompts) for _ in range(repeats)]
     own, *subjects = _subjects(arguments)
@@ -144,8 +143,9 @@ def _subjects(arguments: argparse.Namespace) -> list[Any]:
         raise InvalidInput(f"--images-per-prompt {arguments.images_per_prompt}: must be at least 1")
     spec, model = load_trained(arguments.run_dir)
     device = device_of(Placement())
-    source = open_source(spec, RunFolder(arguments.run_dir).placement, arguments.run_dir.parent, device)
-    own = Subject(model.to(device), spec, source, arguments.run_dir, device, share=share_of_environment())
+    placement, share = RunFolder(arguments.run_dir).placement, share_of_environment()
+    source = open_source(spec, placement, arguments.run_dir.parent, device)
+    own = Subject(model.to(device), spec, source, arguments.run_dir, device, share=share, placement=placement)
     images = None if arguments.prompts else arguments.images_per_prompt
     guidance = [scale for group in arguments.guidance_scale or [[None]] for scale in group]
     steps = arguments.num_inference_steps

@@ -35,7 +35,8 @@ class DetectorAgreement:
     name: str = "detector_agreement"
 
     def wanted(self, spec: RunSpec) -> bool:
-        return spec.evaluate.geneval_images_per_prompt > 0 and exists(f"{spec.data.name}-detector2")
+        asked = spec.data.world is not None and spec.evaluate.geneval_images_per_prompt > 0
+        return asked and exists(f"{spec.data.name}-detector2")
 
     def protocol(self, subject: Subject) -> str:
         spec = subject.spec.evaluate

@@ -44,7 +44,7 @@ class FrechetDistance:
     name: str = "fd"
 
     def wanted(self, spec: RunSpec) -> bool:
-        return spec.evaluate.fd_images > 0
+        return spec.data.world is not None and spec.evaluate.fd_images > 0
 
     def protocol(self, subject: Subject) -> str:
         spec = subject.spec.evaluate

@@ -133,7 +133,7 @@ class GenEval:
     name: str = "geneval"
 
     def wanted(self, spec: RunSpec) -> bool:
-        return spec.evaluate.geneval_images_per_prompt > 0
+        return spec.data.world is not None and spec.evaluate.geneval_images_per_prompt > 0
 
     def protocol(self, subject: Subject) -> str:
         spec = subject.spec.evaluate
@@ -168,10 +168,15 @@ class GenEval:
             return None
         (samples,) = draw_all(drawings, progress)
         if split == "seen":
-            write_atomic(subject.samples_dir / "grid.png", (samples.folder / "grid.png").read_bytes())
+            show_grid(subject, samples)
         verdicts = judge_images(samples.images(), samples.rows, detector, progress)
         write_results(samples, verdicts)
         return grouped(verdicts, samples.rows)
+
+
+def show_grid(subject: Subject, samples: Samples) -> None:
+    """Puts a set's contact sheet where people and the report look for a run's pictures."""
+    write_atomic(subject.samples_dir / "grid.png", (samples.folder / "grid.png").read_bytes())
 
 
 def prompts_of(subject: Subject, split: str) -> list[Mapping[str, Any]]:

@@ -7,7 +7,7 @@ for is in `judges.official`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,12 +44,18 @@ def posed_geneval(
     lines = _judged(samples, detector, color_of, facts, share or Share(), progress)
     write_atomic(samples.folder / "results.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     correct, tags = per_prompt([line["correct"] for line in lines], samples.rows)
-    prompts = [json.dumps(_prompt(row), sort_keys=True) for row in samples.rows]
-    protocol = protocol_id(f"{kind}-x{len(correct[0])}", prompts=prompts, **facts)
+    protocol = posed_protocol(kind, samples.rows, facts)
     for score in summary_scores(summarise(correct, tags), protocol, dict(facts)):
         if score.metric.name == "geneval":
             score.extra.update(se_bootstrap=bootstrap_se(correct, tags), images_sha256=samples.sha256)
         yield score
+
+
+def posed_protocol(kind: str, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
+    """How `rows`, an entry an image, are judged; the first prompt has as many images as any."""
+    images, _ = per_prompt([False] * len(rows), rows)
+    prompts = [json.dumps(_prompt(row), sort_keys=True) for row in rows]
+    return protocol_id(f"{kind}-x{len(images[0])}", prompts=prompts, **facts)
 
 
 def _judged(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from fluidscale.evaluate.share import Share
+from fluidscale.record import Placement
 from fluidscale.spec import InvalidInput, RunSpec
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ class Subject:
 
     `detector` and `features` name the judges; empty means those that were trained for the run's own world. `variant`
     names a way of sampling other than the run's own: its files lie in a folder of that name and never mix. `share` is
-    the part of the images that this process draws and looks at; the scores are of all.
+    the part of the images that this process draws and looks at; the scores are of all. `placement` says where
+    published judges lie.
     """
 
     model: FluidModel
@@ -68,6 +70,7 @@ class Subject:
     features: str = ""
     variant: str = ""
     share: Share = field(default_factory=Share)
+    placement: Placement = field(default_factory=Placement)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -136,7 +139,10 @@ class Evaluator(Protocol):
         ...
 
     def drawings(self, subject: Subject) -> Sequence[Drawing]:
-        """The images that it looks at; none where it needs the model alone. Raises InvalidInput on unfit prompts."""
+        """The images that it looks at; none where it needs the model alone, which is not asked here.
+
+        Raises InvalidInput on whatever would keep it from judging them: unfit prompts, a judge that is none.
+        """
         ...
 
     def __call__(self, subject: Subject, progress: Progress = silent) -> Iterator[Score]: ...

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 
 Item = TypeVar("Item")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Share:
 
     rank: int = 0
     ranks: int = 1
+    group: Any = field(default=None, compare=False)  # torch.distributed's, of all of them; None: the default one
 
     def mine(self, items: Sequence[Item]) -> Sequence[Item]:
         """Every `ranks`-th item, beginning at `rank`."""
@@ -34,18 +36,28 @@ class Share:
         import torch.distributed as dist
 
         parts: list = [None] * self.ranks
-        dist.all_gather_object(parts, part)
+        dist.all_gather_object(parts, part, group=self.group)
         whole = np.empty((sum(map(len, parts)), *part.shape[1:]), part.dtype)
         for rank, rows in enumerate(parts):
             whole[rank :: self.ranks] = rows
         return whole
+
+    def agreed(self, value: Value) -> Value:
+        """The first process's value: what it found on disk, another may not see yet."""
+        if self.ranks == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
 
     def wait(self) -> None:
         """Until every process is here: files of the others may then be read."""
         if self.ranks > 1:
             import torch.distributed as dist
 
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 def share_of_environment() -> Share:

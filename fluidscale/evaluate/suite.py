@@ -10,6 +10,7 @@ from fluidscale.evaluate.agreement import DetectorAgreement
 from fluidscale.evaluate.fid import FrechetDistance
 from fluidscale.evaluate.generate import draw_all
 from fluidscale.evaluate.geneval import GenEval
+from fluidscale.evaluate.judges.evaluators import PUBLISHED
 from fluidscale.evaluate.likelihood import (
     StepwiseLikelihood,
     ValidationLikelihood,
@@ -29,6 +30,7 @@ EVALUATORS: tuple[Evaluator, ...] = (
     GenEval(),
     DetectorAgreement(),
     FrechetDistance(),
+    *PUBLISHED,
 )
 
 
@@ -48,16 +50,26 @@ def evaluate_all(
     """The same for several ways of sampling one model: before the first that looks at drawn images, all that any of
     them needs is drawn, in common batches."""
     pairs = [(subject, evaluator) for subject, evaluators in asked for evaluator in evaluators]
-    stored = [_stored(evaluator, subject) for subject, evaluator in pairs]
-    needed = [drawing for (subject, evaluator), known in zip(pairs, stored, strict=True) if not known
-              for drawing in evaluator.drawings(subject)]  # fmt: skip
+    stored = [subject.share.agreed(_stored(evaluator, subject)) for subject, evaluator in pairs]
+    needed = [
+        [] if known else evaluator.drawings(subject) for (subject, evaluator), known in zip(pairs, stored, strict=True)
+    ]
     drawn = False
-    for (subject, evaluator), known in zip(pairs, stored, strict=True):
-        if not known and not drawn and evaluator.drawings(subject):
-            draw_all(needed, progress)
+    for (subject, evaluator), known, drawings in zip(pairs, stored, needed, strict=True):
+        if drawings and not drawn:
+            draw_all([drawing for of_one in needed for drawing in of_one], progress)
             drawn = True
         for score in known or _measured(evaluator, subject, progress):
             yield subject, score
+
+
+def rehearse(subject: Subject) -> None:
+    """Asks every evaluator what it would draw, so that one that cannot judge is refused before a model is trained.
+
+    The model's values are not looked at. Raises InvalidInput.
+    """
+    for evaluator in chosen(subject, None):
+        evaluator.drawings(subject)
 
 
 def _measured(evaluator: Evaluator, subject: Subject, progress: Progress) -> Iterator[Score]:
@@ -65,7 +77,8 @@ def _measured(evaluator: Evaluator, subject: Subject, progress: Progress) -> Ite
     for score in evaluator(subject, progress):
         # The evaluator's own score comes last and names the others: it stands only when all of them do.
         own = score.metric.name == evaluator.name
-        write_json(_path(subject, score.metric.name), _as_json(score, subject, companions if own else []))
+        if subject.share.rank == 0:
+            write_json(_path(subject, score.metric.name), _as_json(score, subject, companions if own else []))
         companions.append(score.metric.name)
         yield score
 
@@ -75,8 +88,8 @@ def chosen(subject: Subject, which: Collection[str] | None) -> list[Evaluator]:
     wanted = {e.name: e for e in EVALUATORS if e.wanted(subject.spec)}
     for name in which or ():
         if name not in wanted:
-            known = ", ".join(e.name for e in EVALUATORS)
-            reason = "its image count is 0 in the run's spec, or its order has none"
+            known = ", ".join(dict.fromkeys(e.name for e in EVALUATORS))
+            reason = "its image count is 0 in the run's spec, it has no such judge, or its order has none"
             reason = reason if name in known.split(", ") else f"known: {known}"
             raise InvalidInput(f"cannot evaluate {name!r}: {reason}")
     return [e for name, e in wanted.items() if which is None or name in which]

@@ -21,7 +21,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from fluidscale.record import Placement
 from fluidscale.spec import InvalidInput
 
-# The first process evaluates while the others wait for it, which takes hours for a large model.
+# Processes wait for the one that draws and judges longest, which takes hours for a large model.
 _PATIENCE = timedelta(days=7)
 # A process that does not come to the meeting in this time has died on its way.
 _MEETING = timedelta(minutes=30)

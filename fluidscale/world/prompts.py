@@ -36,6 +36,12 @@ def read_prompts(path: str | Path, check: Callable[[Any], None]) -> list[dict[st
     return prompts
 
 
+def check_text(prompt: Any) -> None:
+    """Raises InvalidInput unless a prompt has a text to draw."""
+    if not isinstance(prompt, dict) or not isinstance(prompt.get("prompt"), str):
+        raise InvalidInput("expected a JSON object with a text under 'prompt'")
+
+
 def read_content(prompt: Any, spec: WorldSpec) -> Content:
     """What a prompt asks for. Raises InvalidInput when it is not of GenEval's form or the world cannot draw it."""
     if not isinstance(prompt, Mapping):

@@ -15,10 +15,11 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from fluidscale.evaluate.extract import BATCH, Extractor
 from fluidscale.evaluate.protocol import Progress, silent
 from fluidscale.evaluate.share import Share, share_of_environment
 from fluidscale.evaluate.shown import shown
+from fluidscale.published import reference_facts
 from fluidscale.record import write_atomic
 from fluidscale.spec import InvalidInput
 
@@ -66,7 +68,7 @@ def coco_prompts(annotations: Path, count: int = PROMPTS, seed: int = SEED) -> l
     return rows
 
 
-def prompts_sha256(rows: Sequence[dict[str, Any]]) -> str:
+def prompts_sha256(rows: Sequence[Mapping[str, Any]]) -> str:
     """Names a list of prompts by its texts, in order."""
     return hashlib.sha256("\n".join(row["prompt"] for row in rows).encode()).hexdigest()
 
@@ -117,18 +119,17 @@ def save_reference(path: Path, kept: Reference) -> None:
 
 def load_reference(path: Path, network: Extractor) -> Reference:
     """Raises InvalidInput when the file is damaged, or its statistics are another extractor's."""
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            features, facts = content["features"], json.loads(str(content["facts"]))
-            measured = facts["extractor_sha256"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise InvalidInput(f"{path}: not reference statistics of this program ({error}); make them again") from error
-    if measured != network.sha256:
+    facts = reference_facts(path)
+    if (measured := facts["extractor_sha256"]) != network.sha256:
         raise InvalidInput(
             f"{path}: statistics of {facts['extractor']} {measured[:12]}.., judged with {network.name} "
             f"{network.sha256[:12]}..; distances between them mean nothing: make the reference with this extractor"
         )
-    return Reference(features, facts)
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return Reference(content["features"], facts)
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise InvalidInput(f"{path}: damaged reference statistics ({error}); make them again") from error
 
 
 def _read(path: Path, content: bytes) -> np.ndarray:

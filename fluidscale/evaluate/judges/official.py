@@ -20,6 +20,8 @@ from fluidscale.evaluate.share import Share
 from fluidscale.spec import InvalidInput
 from fluidscale.world.prompts import PROTOCOL
 
+KIND = "geneval-official"
+
 
 class Colors(Protocol):
     """Names the colour of a detected object."""
@@ -40,8 +42,13 @@ def official_geneval(
     Raises InvalidInput unless all 553 prompts are there with the same number of images each.
     """
     check_official(samples.rows)
-    facts = {"detector": detector.name, "detector_sha256": detector.sha256, "clip_sha256": colors_sha256}
-    yield from posed_geneval("geneval-official", samples, detector, facts, colors.color, share, progress)
+    facts = official_facts(detector.name, detector.sha256, colors_sha256)
+    yield from posed_geneval(KIND, samples, detector, facts, colors.color, share, progress)
+
+
+def official_facts(name: str, detector_sha256: str, clip_sha256: str) -> dict[str, str]:
+    """What the protocol says of the judges; `name` is the detector's folder."""
+    return {"detector": name, "detector_sha256": detector_sha256, "clip_sha256": clip_sha256}
 
 
 def check_official(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from fluidscale.spec import InvalidInput
 
@@ -36,7 +37,7 @@ def load_pretrained(kind: str, folder: Path, device: torch.device | str = "cpu")
     options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, "dtype": torch.float32}
     try:
         model, found = getattr(transformers, kind).from_pretrained(str(folder), **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InvalidInput(f"{folder}: does not load as {kind} ({str(error).splitlines()[0]})") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(str(key) for key in found[what] if not any(part in str(key) for part in _UNUSED))

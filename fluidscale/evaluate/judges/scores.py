@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,14 +34,8 @@ def coco_distances(
         raise InvalidInput(
             f"{samples.folder}: images of {shape[1]} x {shape[0]} px, the reference's are {side} x {side}"
         )
-    drawing = read_json(samples.folder / DRAWING) or {}
-    guidance = drawing.get("sampling", {}).get("guidance_scale")
-    facts = {
-        "reference": reference.facts,
-        "prompts_sha256": prompts_sha256(samples.rows),
-        "sampling": drawing.get("sampling"),
-    }
-    protocol = protocol_id(f"coco{n // 1000}k-{network.name}-g{guidance}", **facts)
+    sampling = (read_json(samples.folder / DRAWING) or {}).get("sampling")
+    protocol, facts = coco_protocol(network.name, samples.rows, reference.facts, sampling)
     facts |= {"images_sha256": samples.sha256}
     drawn = features_of(samples, network, samples.folder, share, progress)
     if network.name == "inception":
@@ -54,6 +48,15 @@ def coco_distances(
         yield Score(Metric(name, f"FD-{network.name}", False), value, se, n, protocol, facts)
 
 
+def coco_protocol(
+    network: str, rows: Sequence[Mapping[str, Any]], reference: dict[str, Any], sampling: dict[str, Any] | None
+) -> tuple[str, dict[str, Any]]:
+    """How images of `rows` are compared with a reference, and the facts behind that name."""
+    facts = {"reference": reference, "prompts_sha256": prompts_sha256(rows), "sampling": sampling}
+    guidance = (sampling or {}).get("guidance_scale")
+    return protocol_id(f"coco{len(rows) // 1000}k-{network}-g{guidance}", **facts), facts
+
+
 def clip_score(samples: Samples, clip: Any, share: Share, progress: Progress) -> Score:
     """`clip_score`: the mean over images of max(100 cos(image, prompt), 0)."""
     mine, parts, done = samples.part(share.rank, share.ranks), [], 0
@@ -63,12 +66,18 @@ def clip_score(samples: Samples, clip: Any, share: Share, progress: Progress) ->
         done += len(images)
         progress("CLIPScore", min(done * share.ranks, len(samples.rows)), len(samples.rows))
     scores = share.gathered(np.concatenate([np.zeros(0), *parts]))
-    facts = {"clip_sha256": clip.sha256, "prompts_sha256": prompts_sha256(samples.rows)}
+    protocol, facts = clip_protocol(samples.rows, clip.sha256)
     n = len(scores)
     se = float(scores.std(ddof=1)) / n**0.5 if n > 1 else float("nan")
     extra = facts | {"images_sha256": samples.sha256}
     metric = Metric("clip_score", "100 cos", True)
-    return Score(metric, float(scores.mean()), se, n, protocol_id(f"clip-score-n{n}", **facts), extra)
+    return Score(metric, float(scores.mean()), se, n, protocol, extra)
+
+
+def clip_protocol(rows: Sequence[Mapping[str, Any]], clip_sha256: str) -> tuple[str, dict[str, Any]]:
+    """How a CLIPScore of `rows` is measured, and the facts behind that name."""
+    facts = {"clip_sha256": clip_sha256, "prompts_sha256": prompts_sha256(rows)}
+    return protocol_id(f"clip-score-n{len(rows)}", **facts), facts
 
 
 def keep_scores(samples: Samples, scores: Sequence[Score]) -> list[dict[str, Any]]:
