@@ -43,11 +43,16 @@ class Plan:
 
     @property
     def trunks(self) -> list[list[PlannedRun]]:
-        """Runs by trunk, the most expensive trunk first, so that no worker is left with a long one at the end."""
+        """Runs by trunk, the most expensive trunk first, so that no worker is left with a long one at the end.
+
+        Before all others one of each tokenizer: whoever first needs its tokens encodes them, and the rest would wait.
+        """
         groups: dict[str, list[PlannedRun]] = defaultdict(list)
         for run in self.runs:
             groups[run.spec.trunk_id].append(run)
-        return sorted(groups.values(), key=lambda group: -sum(run.cost.seconds for run in group))
+        ordered = sorted(groups.values(), key=lambda group: -sum(run.cost.seconds for run in group))
+        firsts = {group[0].spec.tokenizer_sha256: group for group in reversed(ordered)}
+        return sorted(ordered, key=lambda group: group is not firsts[group[0].spec.tokenizer_sha256])
 
     @property
     def hours(self) -> float:

@@ -104,6 +104,17 @@ def test_siblings_pay_for_their_trunk_once_and_know_each_others_branches(tmp_pat
         assert shorter.placement.branch_steps == longer.placement.branch_steps == branches
 
 
+def test_workers_begin_with_different_tokenizers_then_take_what_costs_most():
+    """Two that begin with the same one's tokens would wait for each other."""
+    trunks = plan.make_plan(load_sweep("local"), Machine(load_profile("cpu"), 2)).trunks
+    kinds = [trunk[0].spec.model.token_kind for trunk in trunks]
+    costs = [sum(run.cost.seconds for run in trunk) for trunk in trunks]
+    assert set(kinds[:2]) == {"continuous", "discrete"} and costs[0] == max(costs)
+    assert costs[2:] == sorted(costs[2:], reverse=True) and costs[1] == max(
+        price for price, kind in zip(costs, kinds, strict=True) if kind != kinds[0]
+    )
+
+
 def test_the_wall_time_is_that_of_the_busiest_worker(sweep):
     alone, pair, many = (plan.make_plan(sweep, Machine(load_profile("cpu"), workers)) for workers in (1, 2, 64))
     assert alone.hours == pytest.approx(alone.worker_hours)
