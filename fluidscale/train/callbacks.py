@@ -127,6 +127,9 @@ class Checkpoints(AfterStep):
             trainer.save_checkpoint(self._folder.checkpoints / NEWEST)
             self._saved = time.monotonic()
         if stopping:
+            if self._ranks.leads:
+                # Attempts and the status table tell from here how far the run came.
+                self._folder.set_status("running", step=step)
             raise Stopped(f"stopped at step {step}")
 
 

@@ -101,7 +101,9 @@ def join(placement: Placement, device: torch.device) -> Ranks:
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(environment.local_rank())
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+        # The processes of one node need no name service to find each other.
+        address = "127.0.0.1" if placement.nodes == 1 and not torchrun else environment.main_address
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(environment.main_port)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=_MEETING)
     return Ranks(rank, size, environment, _host_group())

@@ -95,7 +95,7 @@ def test_four_processes_on_two_nodes_are_requeued_and_go_on_as_two_on_one(launch
         assert [life.devices for life in lives] == [4, 4, 2] and [life.end for life in lives][1:] == ["stopped", "done"]
         # On a loaded machine four processes may not come to the end of their step before SLURM kills them (KillWait).
         assert lives[0].end in ("requeue", "node_failure")
-        assert 0 == starts[0] < starts[1] < starts[2] < STEPS and starts[1] <= lives[0].step
+        assert 0 == starts[0] < starts[1] < starts[2] < STEPS
         assert starts[1] == lives[0].step or lives[0].end == "node_failure"
         spec, record = read_json(run_dir / "spec.json") or {}, RunFolder(run_dir).record or {}
         assert record["status"] == "done"
