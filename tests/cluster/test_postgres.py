@@ -54,7 +54,11 @@ def postgres():
         finally:
             # Its fast shutdown: SIGTERM would wait until every client has gone.
             running.send_signal(signal.SIGINT)
-            running.wait()
+            try:
+                running.wait(20)
+            except subprocess.TimeoutExpired:
+                running.kill()
+                running.wait()
 
 
 def test_a_database_takes_the_mirror_without_a_server_and_no_file_tells_its_password(
