@@ -28,7 +28,7 @@ def links(doc: Document) -> Figure | None:
         panels.setdefault((item["metric"], item["group"].get("token_kind", "")), []).append(item)
     if not panels:
         return None
-    figure, axes = grid(len(panels), columns=2, height=2.6)
+    figure, axes = grid(len(panels), columns=2, height=3.0)
     for ax, ((metric, kind), items) in zip(axes, sorted(panels.items()), strict=True):
         for item in items:
             x, y = np.array(item["points"]["loss"]), np.array(item["points"]["value"])
@@ -41,7 +41,8 @@ def links(doc: Document) -> Figure | None:
         ax.set_title(kind or title_of(metric))
         ax.set_xlabel("validation loss (falls to the right)")
         ax.set_ylabel(title_of(metric))
-        ax.legend(loc="best")
+        # Below the panel: inside, its long lines leave no place that is free of points.
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22))
     return figure
 
 
