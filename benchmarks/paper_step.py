@@ -38,8 +38,11 @@ def random_batch(spec: RunSpec, batch: int) -> tuple[torch.Tensor, Text]:
         tokens = torch.randn(batch, model.num_tokens, 2 * model.token_channels, generator=rng)
     else:
         tokens = torch.randint(model.vocab_size, (batch, model.num_tokens), generator=rng)
-    features = torch.randn(batch, model.text_length, model.text_width, generator=rng)
-    return tokens, Text(features, torch.ones(batch, model.text_length, dtype=torch.bool))
+    if model.text_vocab_size:
+        text = torch.randint(1, model.text_vocab_size, (batch, model.text_length), generator=rng)
+    else:
+        text = torch.randn(batch, model.text_length, model.text_width, generator=rng)
+    return tokens, Text(text, torch.ones(batch, model.text_length, dtype=torch.bool))
 
 
 def clocks() -> tuple[float, float]:

@@ -116,18 +116,23 @@ def sampling_flops(spec: ModelSpec, sampling: SamplingSpec) -> float:
     """Forward FLOPs of drawing one image: what an evaluation costs, times its images.
 
     Both branches of guidance are counted. Raster order keeps keys and values, so each token passes the trunk once and
-    attends to those before it; random order runs the whole trunk at every step. Every token passes the head once, a
-    denoising head once a step of its solver.
+    attends to those before it; random order runs the trunk at every step, its last block only where something is to be
+    written. Every token passes the head once, a denoising head once a step of its solver.
     """
     d, tokens, words = spec.width, spec.num_tokens, spec.text_length
     parts = flops_per_image(spec)
     branches = 1 if sampling.guidance_scale == 1 else 2
     keys = spec.depth * words * 2 * d * d  # of the text, once an image
     if spec.order == "raster":
-        # Token k attends to k others, where training computes the full square.
+        # Token k attends to k others, where training computes the full square. All are embedded at every step.
         trunk = parts["body"] / 2 - spec.depth * (tokens * tokens - tokens) * d
+        trunk += (tokens - 1) * tokens * spec.token_channels * d
     else:
-        trunk = keys + sampling.num_inference_steps * (parts["body"] / 2 - keys)
+        slots = tokens + spec.buffer_tokens
+        # What a slot costs in the last block behind its own keys and values.
+        behind = (3 + 2 * spec.mlp_ratio) * d * d + 2 * (slots + words) * d
+        left_out = sampling.num_inference_steps * slots - tokens
+        trunk = keys + sampling.num_inference_steps * (parts["body"] / 2 - keys) - left_out * behind
     head = float(tokens * d * spec.vocab_size)
     if spec.head is not None:
         most = sampling.num_denoising_steps

@@ -25,7 +25,7 @@ _ADDED_LATER: dict[str, set[str]] = {
     "ModelSpec": {"encoder_depth", "buffer_tokens"},
     "TrainSpec": {"decay_shape", "decay_head"},
     "SamplingSpec": {"final_denoising_steps"},
-    "EvaluateSpec": {"judges", "geneval_prompts_sha256", "fid_prompts_sha256"},
+    "EvaluateSpec": {"stepwise_images", "geneval_unseen", "judges", "geneval_prompts_sha256", "fid_prompts_sha256"},
 }
 
 T = TypeVar("T")
@@ -148,6 +148,8 @@ class EvaluateSpec:
     val_images: int
     geneval_images_per_prompt: int
     fd_images: int
+    stepwise_images: int = 256  # of the two likelihoods along a schedule, at most val_images
+    geneval_unseen: bool = True  # whether prompts of combinations held out of training are drawn too
     # Of a run on real images: which published judges look at what it draws (published.JUDGES), and at which prompts.
     judges: tuple[str, ...] = ()
     geneval_prompts_sha256: str = ""

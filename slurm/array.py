@@ -185,7 +185,7 @@ def _setup(runs_dir: Path, profile: Profile) -> list[str]:
         # Python looks in the working directory first, which was the place of the launch.
         f"cd {code} && export PYTHONPATH={code}",
         f"export FLUIDSCALE_GIT_REV={shlex.quote(git_revision())}",
-        f"export OMP_NUM_THREADS={profile.threads}",
+        *(f"export {name}={value}" for name, value in profile.environment.items()),
     ]
 
 

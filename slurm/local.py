@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -161,7 +161,7 @@ class Workers:
         executor = LocalExecutor(layout.worker_logs(self.runs_dir))
         gpus = self.machine.gpus[number : number + 1]
         executor.update_parameters(timeout_min=_FOREVER_MINUTES, gpus_per_node=len(gpus), visible_gpus=gpus)
-        with _own_signals(), _environment(OMP_NUM_THREADS=str(self.machine.profile.threads)):
+        with _own_signals(), _environment(self.machine.profile.environment):
             job = executor.submit(work, str(self.queue.path), number, self.execute)
         assert isinstance(job, LocalJob)
         return job
@@ -255,7 +255,7 @@ def _own_signals() -> Iterator[None]:
 
 
 @contextmanager
-def _environment(**variables: str) -> Iterator[None]:
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Sets variables that a child must find before its first import."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

@@ -23,6 +23,9 @@ from fluidscale.sweep import read_yaml
 RETRIED = ("preemption", "time_limit", "requeue", "node_failure")
 RESOURCES = Path(__file__).resolve().parent / "resources.yaml"
 CLUSTERS = ("local", "debug", "slurm")
+# Read by glibc when a process starts, unknown elsewhere. By default it hands freed megabytes back to the system and
+# pays for zeroed pages at the next step: up to a quarter of a small model's time (benchmarks/allocator.py).
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ class Profile:
     def processes(self) -> int:
         """Of one run: a process a device."""
         return self.devices * self.nodes
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process that computes must find before its first import."""
+        return {"OMP_NUM_THREADS": str(self.threads), **KEEP_FREED_MEMORY}
 
     @property
     def evaluating(self) -> Profile | None:

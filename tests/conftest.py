@@ -15,7 +15,7 @@ from fluidscale.sweep import load_sweep
 
 def tiny(arm: str, steps: int = 24, decay_steps: int = 6, **train: float) -> RunSpec:
     """A run of the smoke sweep's smallest size, cut down to a few steps and no sampling."""
-    spec = load_sweep("smoke", sizes=["50K"], arms=[arm]).runs[0]
+    spec = max(load_sweep("smoke", sizes=["50K"], arms=[arm]).runs, key=lambda run: run.images)
     shorter = dataclasses.replace(
         spec.train,
         batch=8,

@@ -1,5 +1,6 @@
 """The contract that all four arms keep, in both position schemes."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -13,6 +14,7 @@ from tiny_models import ARMS, POSITIONS, arm_spec, awake, sampling_of, text_of, 
 from fluidscale.model.build import build
 from fluidscale.model.generator import generate
 from fluidscale.model.order import View
+from fluidscale.model.transformer import rows_of
 from fluidscale.spec import InvalidInput
 
 both = pytest.mark.parametrize(("arm", "position"), [(a, p) for a in ARMS for p in POSITIONS])
@@ -63,12 +65,15 @@ def test_sampling_visits_the_states_of_training(arm, position):
     for written in model.order.steps(spec.num_tokens, 4, permutations):
         view = model.order.view(known)
         fresh = model(view, tokens, text)
+        slots, again = _slots(view, written), copy.deepcopy(cache)
         stepped = model(view, tokens, text, cache=cache)
         assert torch.allclose(stepped, fresh[:, -stepped.shape[1] :], atol=1e-5)
+        alone = model(view, tokens, text, cache=again, wanted=slots)
+        assert torch.allclose(alone, rows_of(fresh, slots), atol=1e-5) and again.length == cache.length
         if model.order.causal:
             assert stepped.shape[1] == 1
             assert torch.allclose(stepped[:, 0], whole[:, int(written[0, 0])], atol=1e-5)
-        assert view.counted.gather(1, _slots(view, written)).all()
+        assert view.counted.gather(1, slots).all()
         known = known.scatter(1, written, True)
     assert known.all()
 

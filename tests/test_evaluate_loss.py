@@ -250,6 +250,7 @@ class Known:
 
     def __init__(self, codes: int) -> None:
         self.codes = codes
+        self.spec, self.sha256 = None, object()  # no other world is this one
 
     @property
     def entropy(self) -> float:
@@ -345,8 +346,7 @@ def test_with_an_exact_denoiser_the_bound_is_the_analytic_value(tiny_spec, tmp_p
     network.head.denoiser = ExactDenoiser(network.head.objective, truth.mean, truth.std)
     evaluate = dataclasses.replace(spec.evaluate, val_images=512)
     spec = dataclasses.replace(spec, model=model_spec, evaluate=evaluate)
-    source = WorldSource(spec, truth, truth, tmp_path)
-    subject = Subject(network, spec, source, tmp_path, torch.device("cpu"))
+    subject = Subject(network, spec, WorldSource(spec, truth, truth, tmp_path), tmp_path, torch.device("cpu"))
     score = only(ValidationLikelihood()(subject))
     values = torch.cat([validation_batch(subject, first, 64)[0] for first in range(0, 512, 64)])
     exact = 0.5 * ((values - truth.mean) ** 2 / truth.std**2 + math.log(2 * math.pi * truth.std**2))

@@ -6,7 +6,7 @@ from tiny_models import POSITIONS, arm_spec, awake, sampling_of, text_of, tokens
 
 from fluidscale.model.generator import generate
 from fluidscale.model.order import Random, Raster
-from fluidscale.model.transformer import Place, Text, rotary_table
+from fluidscale.model.transformer import Place, Text, rotary_table, rows_of
 from fluidscale.model.transformer import _rotate as rotate
 
 
@@ -122,6 +122,9 @@ def test_encoder_and_buffers_learn_in_every_parameter_and_draw_whole_images(arm,
         for view in (model.order.training_view(8, 9, rng()), model.order.view(torch.zeros(8, 9, dtype=torch.bool))):
             losses, counted = model.losses(tokens, text, view, rng(1), torch.tensor([True] + [False] * 7))
             (losses.sum() / counted.sum()).backward()
+            slots = torch.rand(8, 9, generator=rng(2)).argsort(1)[:, :2]
+            alone = model(view, tokens, text, wanted=slots)
+            torch.testing.assert_close(alone, rows_of(model(view, tokens, text), slots), atol=1e-5, rtol=0)
         silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
         assert silent == [] and losses.isfinite().all()
         drawn = generate(model, text_of(spec, 2), sampling_of(spec), [1, 2])

@@ -141,19 +141,19 @@ class GenEval:
         return protocol_id(
             f"geneval-{subject.spec.data.name}-x{spec.geneval_images_per_prompt}-g{spec.sampling.guidance_scale:g}",
             detector=detector.sha256,
-            prompts=[prompts_of(subject, split) for split in ("seen", "unseen")],
+            prompts=[prompts_of(subject, split) for split in splits_of(subject.spec)],
             world=canonical(subject.spec.data.world),
         )
 
     def drawings(self, subject: Subject) -> Sequence[Drawing]:
-        return prompt_drawings(subject, ("seen", "unseen"), load_detector(subject.detector_name))
+        return prompt_drawings(subject, splits_of(subject.spec), load_detector(subject.detector_name))
 
     def __call__(self, subject: Subject, progress: Progress = silent) -> Iterator[Score]:
         protocol = self.protocol(subject)
         detector = load_detector(subject.detector_name, subject.device)
         facts = {"detector": detector.name, "detector_sha256": detector.sha256}
-        seen = self._summary(subject, "seen", detector, progress)
-        unseen = self._summary(subject, "unseen", detector, progress)
+        found = {split: self._summary(subject, split, detector, progress) for split in splits_of(subject.spec)}
+        seen, unseen = found["seen"], found.get("unseen")
         if unseen:
             same = [rate.value for tag, rate in seen.tags.items() if tag in unseen.tags] if seen else []
             extra = {**facts, **unseen.as_json(), "seen_same_tags": float(np.mean(same)) if same else None}
@@ -177,6 +177,11 @@ class GenEval:
 def show_grid(subject: Subject, samples: Samples) -> None:
     """Puts a set's contact sheet where people and the report look for a run's pictures."""
     write_atomic(subject.samples_dir / "grid.png", (samples.folder / "grid.png").read_bytes())
+
+
+def splits_of(spec: RunSpec) -> tuple[str, ...]:
+    """The prompts that a run is asked: of combinations seen in training, and of those held out of it."""
+    return ("seen", "unseen") if spec.evaluate.geneval_unseen else ("seen",)
 
 
 def prompts_of(subject: Subject, split: str) -> list[Mapping[str, Any]]:

@@ -42,8 +42,8 @@ from fluidscale.spec import RunSpec
 
 # Steps of a schedule that one image is measured at: all of them up to this many, one of each stratum beyond.
 STEPS = 16
-# Images of the stepwise likelihoods and of the table over noise levels: each costs up to STEPS passes.
-STEPWISE_IMAGES = 256
+# Images of the table over noise levels.
+LEVEL_IMAGES = 256
 # Purposes of generators, apart from those of the losses: orders and steps of an image, noise of a batch.
 _ORDER, _PICK, _NOISE, _LEVELS = 100, 200, 300, 400
 # Noise levels of the table: what lies outside is nearly certain or nearly unknown.
@@ -101,7 +101,8 @@ class StepwiseLikelihood:
     schedule: Callable[[Subject, int], list[Tensor]]
 
     def wanted(self, spec: RunSpec) -> bool:
-        return spec.evaluate.val_images > 0 and not ORDERS[spec.model.order](spec.model.mask_law).causal
+        asked = spec.evaluate.val_images > 0 and spec.evaluate.stepwise_images > 0
+        return asked and not ORDERS[spec.model.order](spec.model.mask_law).causal
 
     def protocol(self, subject: Subject) -> str:
         steps = len(self.schedule(subject, 0))
@@ -130,7 +131,7 @@ class StepwiseLikelihood:
         yield _score(self.name, per_image, self.protocol(subject), extra)
 
     def _images(self, subject: Subject) -> int:
-        return min(STEPWISE_IMAGES, subject.spec.evaluate.val_images)
+        return min(subject.spec.evaluate.stepwise_images, subject.spec.evaluate.val_images)
 
 
 def raster_schedule(subject: Subject, image: int) -> list[Tensor]:
@@ -189,7 +190,7 @@ def noise_errors(subject: Subject) -> dict[str, Any]:
     A denoiser that knew nothing but unit variance would err by sigmoid(log-SNR), which `unit_normal` repeats.
     """
     model, length = subject.model, subject.spec.model.num_tokens
-    head, n = model.head, min(STEPWISE_IMAGES, subject.spec.evaluate.val_images)
+    head, n = model.head, min(LEVEL_IMAGES, subject.spec.evaluate.val_images)
     assert isinstance(head, DiffusionHead)
     table = Breakdown(len(LOG_SNRS))
     for first in range(0, n, BATCH):

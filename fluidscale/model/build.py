@@ -33,9 +33,11 @@ class FluidModel(nn.Module):
         return self.trunk.position.device
 
     def forward(
-        self, view: View, tokens: Tensor, text: Text, drop: Tensor | None = None, cache: Cache | None = None
-    ) -> Tensor:
-        """z (B, S, d) for every slot of the view; `drop` bool (B,) replaces a sample's text by the null.
+        self, view: View, tokens: Tensor, text: Text, drop: Tensor | None = None, cache: Cache | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """z (B, S, d) for every slot of the view, or (B, k, d) of the slots `wanted`, int64 (B, k); `drop` bool (B,)
+        replaces a sample's text by the null.
 
         With a cache the text is encoded once, and a causal order returns z of the slots new since the last call.
         """
@@ -45,7 +47,7 @@ class FluidModel(nn.Module):
             memory = self.text(text.to(self.device), drop)
         if cache is not None:
             cache.memory = memory
-        return self.trunk(self.head.embed(tokens.to(self.device, non_blocking=True)), view, memory, cache)
+        return self.trunk(self.head.embed(tokens.to(self.device, non_blocking=True)), view, memory, cache, wanted)
 
     def losses(
         self, tokens: Tensor, text: Text, view: View, rng: torch.Generator, drop: Tensor | None = None,

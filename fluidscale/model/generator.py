@@ -53,10 +53,13 @@ def generate(
     images = torch.arange(batch)[:, None]
     for done, written in enumerate(steps):
         view = model.order.view(known)
-        slots = _slots(view, written) - (cache.length if model.order.causal else 0)
-        seen, shown = (view.twice(), torch.cat([tokens, tokens])) if guided else (view, tokens)
-        z = model(seen, shown, text, drop, cache)
-        z, z_uncond = _at(z, slots, guided)
+        slots = _slots(view, written)
+        if guided:
+            z, z_uncond = model(
+                view.twice(), torch.cat([tokens, tokens]), text, drop, cache, slots.repeat(2, 1)
+            ).flatten(0, 1).chunk(2)  # fmt: skip
+        else:
+            z, z_uncond = model(view, tokens, text, drop, cache, slots).flatten(0, 1), None
         share = float(known[0].float().mean())
         known[images, written] = True
         scale = SCHEDULES[sampling.guidance_schedule](guidance, length, int((~known[0]).sum()))
@@ -89,11 +92,3 @@ def _branches(text: Text, guided: bool) -> tuple[Text, Tensor | None]:
 def _slots(view: View, written: Tensor) -> Tensor:
     """The slots (B, k) that predict the tokens about to be written."""
     return (view.positions[:, None] == written[:, :, None]).int().argmax(-1)
-
-
-def _at(z: Tensor, slots: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
-    """Rows (B k, d), image-major, of the conditional and, if guided, the unconditional branch."""
-    slots = slots.repeat(2, 1) if guided else slots
-    index = (slots + torch.arange(len(z))[:, None] * z.shape[1]).to(z.device)
-    rows = z.flatten(0, 1)[index.flatten()]
-    return tuple(rows.chunk(2)) if guided else (rows, None)  # type: ignore[return-value]

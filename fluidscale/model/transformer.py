@@ -94,6 +94,11 @@ def table(*shape: int) -> nn.Parameter:
     return parameter
 
 
+def rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, S, ..) at the slots int64 (B, k): (B, k, ..)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
 def zero_(layer: nn.Linear) -> nn.Linear:
     """Starts a layer at zero."""
     nn.init.zeros_(layer.weight)
@@ -110,7 +115,9 @@ class SelfAttention(nn.Module):
         self.qkv, self.out = linear(width, 3 * width), linear(width, width)
         self.position = table(num_positions, 2 * width) if num_positions else None
 
-    def forward(self, x: Tensor, place: Place, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, place: Place, cache: LayerCache | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
         batch, slots, width = x.shape
         qk, v = self.qkv(x).split([2 * width, width], dim=-1)
         qk = qk.view(batch, slots, 2, self.num_heads, -1)
@@ -118,11 +125,13 @@ class SelfAttention(nn.Module):
             learned = F.embedding(place.positions, self.position)
             qk = _rotate(qk + learned.view(-1, *qk.shape[1:]), *place.rotary)
         q, k = qk.permute(2, 0, 3, 1, 4)
+        if wanted is not None:
+            q = rows_of(q.transpose(1, 2), wanted).transpose(1, 2)
         v = v.view(batch, slots, self.num_heads, -1).transpose(1, 2)
         if place.causal and cache is not None:
             k, v = cache.extend(k, v, place.past, place.capacity)
         mixed = self._attend(q, k, v, place)
-        return self.out(mixed.transpose(1, 2).reshape(batch, slots, width))
+        return self.out(mixed.transpose(1, 2).reshape(batch, -1, width))
 
     @staticmethod
     def _attend(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
@@ -168,8 +177,17 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = nn.Sequential(linear(width, mlp_ratio * width), nn.GELU(), linear(mlp_ratio * width, width))
 
-    def forward(self, x: Tensor, place: Place, text: Text | None = None, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), place, cache)
+    def forward(
+        self,
+        x: Tensor,
+        place: Place,
+        text: Text | None = None,
+        cache: LayerCache | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """(B, S, d), or (B, k, d) of the slots `wanted`, int64 (B, k), which still see all of them."""
+        mixed = self.attention(self.attention_norm(x), place, cache, wanted)
+        x = (x if wanted is None else rows_of(x, wanted)) + mixed
         if self.cross is not None and self.cross_norm is not None and text is not None:
             x = x + self.cross(self.cross_norm(x), text, cache)
         return x + self.mlp(self.mlp_norm(x))
@@ -230,8 +248,13 @@ class Trunk(nn.Module):
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
         self.rotary = bool(everywhere)
 
-    def forward(self, embedded: Tensor, view: View, text: Text, cache: Cache | None = None) -> Tensor:
-        """z (B, S, d) from embedded tokens (B, L, d). With a cache and a causal order, of the new slots only."""
+    def forward(
+        self, embedded: Tensor, view: View, text: Text, cache: Cache | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """z (B, S, d) from embedded tokens (B, L, d). With a cache and a causal order, of the new slots only.
+
+        `wanted`, int64 (B, k), names slots of the view: z (B, k, d) of these alone.
+        """
         past = cache.length if cache is not None and self.causal else 0
         view = view.since(past)
         x, positions = self._entered(embedded, view)
@@ -244,11 +267,19 @@ class Trunk(nn.Module):
         split = self.encoder_depth
         if split:
             x = self._encoded(x, view, text, place, layers)
-        for block, layer in zip(self.blocks[split:], layers[split:], strict=True):
-            x = block(x, place, text, layer)
         if cache is not None:
             cache.length = past + x.shape[1]
-        return self.norm(x)[:, self.num_buffers :]
+        if wanted is not None:
+            wanted = wanted.to(x.device) + self.num_buffers - past
+        *before, (last, its_cache) = zip(self.blocks[split:], layers[split:], strict=True)
+        for block, layer in before:
+            x = block(x, place, text, layer)
+        # Nobody reads the last block's slots but the head. (A causal order's new slots are few, and wanted anyway.)
+        early = None if self.causal else wanted
+        x = last(x, place, text, its_cache, early)
+        if wanted is None:
+            return self.norm(x)[:, self.num_buffers :]
+        return self.norm(x if early is not None else rows_of(x, wanted))
 
     def _entered(self, embedded: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """What the first block is given, and where it stands. A buffer is, at first, its position alone."""
