@@ -29,7 +29,7 @@ from slurm.placement import Machine
 from slurm.plan import Plan
 from slurm.status import OVER, RunState, read_states
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 2.0
 # Workers that end without a result while no run gets any further: then something is wrong with every worker.
 MAX_FRUITLESS = 6
 # Workers are never timed out by submitit: a run's length is its own business.

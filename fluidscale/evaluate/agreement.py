@@ -16,7 +16,7 @@ import numpy as np
 
 from fluidscale.evaluate.detect import load_detector
 from fluidscale.evaluate.generate import Drawing, draw_all
-from fluidscale.evaluate.geneval import judge_images, per_prompt, prompt_drawings, prompts_of, summarise
+from fluidscale.evaluate.geneval import judge_samples, per_prompt, prompt_drawings, prompts_of, summarise
 from fluidscale.evaluate.protocol import Metric, Progress, Score, Subject, protocol_id, silent
 from fluidscale.evaluate.rules import Verdict
 from fluidscale.evaluate.samples import Samples
@@ -54,7 +54,7 @@ class DetectorAgreement:
     def __call__(self, subject: Subject, progress: Progress = silent) -> Iterator[Score]:
         first, second = (load_detector(name, subject.device) for name in _names(subject))
         for samples in draw_all(prompt_drawings(subject, ("seen",), first), progress):
-            verdicts = [judge_images(samples.images(), samples.rows, one, progress) for one in (first, second)]
+            verdicts = [judge_samples(samples, one, progress) for one in (first, second)]
             yield agreement(samples, verdicts, self.protocol(subject), [first.sha256, second.sha256])
 
 

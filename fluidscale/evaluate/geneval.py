@@ -6,12 +6,14 @@ were drawn again? Of the prompts (the one to fit with): how far if other prompts
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,6 +110,28 @@ def judge_images(
     return verdicts
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """Drawn images and who looks at them: a folder's name says which images it holds."""
+
+    folder: Path
+    detector_sha256: str
+    samples: Samples = field(compare=False)
+    detector: Detector = field(compare=False)
+    progress: Progress = field(compare=False)
+
+
+# The score and the agreement of two detectors look at the same images with the same one.
+@functools.lru_cache(maxsize=4)
+def _verdicts(asked: _Judged) -> tuple[Verdict, ...]:
+    return tuple(judge_images(asked.samples.images(), asked.samples.rows, asked.detector, asked.progress))
+
+
+def judge_samples(samples: Samples, detector: Detector, progress: Progress = silent) -> tuple[Verdict, ...]:
+    """`judge_images` of drawn images, which remembers what it saw last."""
+    return _verdicts(_Judged(samples.folder, detector.sha256, samples, detector, progress))
+
+
 def per_prompt(
     right: Sequence[bool] | np.ndarray, rows: Sequence[Mapping[str, Any]]
 ) -> tuple[list[np.ndarray], list[str]]:
@@ -169,7 +193,7 @@ class GenEval:
         (samples,) = draw_all(drawings, progress)
         if split == "seen":
             show_grid(subject, samples)
-        verdicts = judge_images(samples.images(), samples.rows, detector, progress)
+        verdicts = judge_samples(samples, detector, progress)
         write_results(samples, verdicts)
         return grouped(verdicts, samples.rows)
 

@@ -17,16 +17,17 @@ class EMA(AfterStep):
     def __init__(self, decay: float) -> None:
         self._decay = decay
         self._shadow: list[torch.Tensor] = []
+        self._parameters: list[torch.Tensor] = []  # walking through the modules takes longer than averaging
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        parameters = [p.detach() for p in pl_module.parameters()]
-        shadow = self._shadow or [p.clone() for p in parameters]
-        self._shadow = [s.to(p.device) for s, p in zip(shadow, parameters, strict=True)]
+        self._parameters = list(pl_module.parameters())
+        shadow = self._shadow or [p.detach().clone() for p in self._parameters]
+        self._shadow = [s.to(p.device) for s, p in zip(shadow, self._parameters, strict=True)]
 
     def after_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.no_grad():
             shadow = [_local(tensor) for tensor in self._shadow]
-            current = [_local(p.detach()) for p in pl_module.parameters()]
+            current = [_local(p.detach()) for p in self._parameters]
             # One call for all tensors; torch has no public name for it.
             torch._foreach_lerp_(shadow, current, 1 - self._decay)  # pyright: ignore[reportPrivateImportUsage]
 

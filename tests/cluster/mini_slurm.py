@@ -24,6 +24,8 @@ from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "mariadb-install-db", "setpriv")
 NODES, CPUS = 4, 1
+# Of runs on several nodes. The first name must resolve: the processes of a run meet at their first node's.
+WIDE_NODES, WIDE_CPUS = ("localhost", "wide"), 4
 # Until a service of a heavily loaded machine is up; nothing here sleeps this long on a free one.
 PATIENCE = 600.0
 _SBIN = "/usr/sbin:/sbin"
@@ -71,8 +73,9 @@ AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={dbd}
 AccountingStoragePass={root}/munge/socket
-PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
-PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=low Nodes={narrow} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=high Nodes={narrow} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=wide Nodes={wide} MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=OFF
 """
 
 _DBD_CONF = """
@@ -114,7 +117,7 @@ class MiniSlurm:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        names = ("ctld", "dbd", "sql", *(f"node{i}" for i in range(NODES)))
+        names = ("ctld", "dbd", "sql", *self.nodes, *WIDE_NODES)
         self._ports = dict(zip(names, free_ports(len(names)), strict=True))
         path = f"{os.environ['PATH']}:{_SBIN}"
         self.environment = {**os.environ, "PATH": path, "SLURM_CONF": str(root / "etc" / "slurm.conf")}
@@ -125,16 +128,16 @@ class MiniSlurm:
         eventually((self.root / "munge" / "socket").exists, "munge's socket")
         self._start_accounting()
         self.start_controller()
-        for node in self.nodes:
+        for node in (*self.nodes, *WIDE_NODES):
             self.start_node(node)
-        eventually(lambda: self.idle() == self.nodes, "all nodes idle")
+        eventually(lambda: self.idle() == sorted((*self.nodes, *WIDE_NODES)), "all nodes idle")
 
     @property
     def nodes(self) -> list[str]:
         return [f"node{i}" for i in range(NODES)]
 
     def idle(self) -> list[str]:
-        answer = self.ask("sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N", check=False)
+        answer = self.ask("sinfo", "-h", "-N", "-p", "low,wide", "-t", "idle", "-o", "%N", check=False)
         return sorted(answer.split())
 
     def ask(self, *command: str, check: bool = True) -> str:
@@ -166,7 +169,7 @@ class MiniSlurm:
         """Ends everything, whatever state it is in."""
         with contextlib.suppress(Exception):
             self.ask("scancel", "-u", getpass.getuser())
-        for node in self.nodes:
+        for node in (*self.nodes, *WIDE_NODES):
             if node in self._daemons:
                 self.kill_node(node)
         for name in reversed(list(self._daemons)):
@@ -190,10 +193,12 @@ class MiniSlurm:
             folder.chmod(0o755)
         host = socket.gethostname().split(".")[0]
         facts = {"root": self.root, "user": getpass.getuser(), "host": host, **self._ports}
+        facts |= {"narrow": ",".join(self.nodes), "wide": ",".join(WIDE_NODES)}
+        cpus = dict.fromkeys(self.nodes, CPUS) | dict.fromkeys(WIDE_NODES, WIDE_CPUS)
         nodes = "".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={self._ports[node]} CPUs={CPUS} "
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={self._ports[node]} CPUs={cpus[node]} "
             "RealMemory=64000 State=UNKNOWN\n"
-            for node in self.nodes
+            for node in cpus
         )
         (self.root / "etc" / "slurm.conf").write_text(_CONF.format(**facts) + nodes)
         (self.root / "etc" / "cgroup.conf").write_text("CgroupAutomount=no\n")
