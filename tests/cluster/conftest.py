@@ -57,6 +57,11 @@ def sweep(tmp_path_factory):
     return folder
 
 
+def pytest_collection_modifyitems(items):
+    """What waits for the reference comes last: it is trained beside the others."""
+    items.sort(key=lambda item: "mirrored" in item.fixturenames)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     running = Server(tmp_path_factory.mktemp("mlflow"), mini_slurm.free_ports(1)[0])

@@ -19,7 +19,7 @@ from slurm import attempts
 
 pytestmark = pytest.mark.cluster
 SIZES = {"50K": "ddp", "80K": "fsdp"}
-STEPS, BATCH = 80, 128
+STEPS, BATCH = 40, 128
 
 
 def resources(nodes: int, devices: int, micro_batch: int) -> str:
@@ -39,7 +39,10 @@ def launch(slurm, tmp_path):
     sweep = sweep.replace("images_unique: 64", f"images_unique: {BATCH}")
     (tmp_path / "wide.yaml").write_text(sweep)
     yield Launch(slurm, tmp_path / "wide.yaml", tmp_path / "resources.yaml", tmp_path / "runs")
-    slurm.ask("scancel", "--name=wide,wide-conclude", check=False)
+    names = "--name=wide,wide-conclude"
+    slurm.ask("scancel", names, check=False)
+    # Others look at the whole queue, in which a cancelled job stays until its node has let go of it.
+    eventually(lambda: not slurm.ask("squeue", "-h", names), "nothing left in the queue")
 
 
 def straight(launch: Launch) -> Path:
