@@ -24,7 +24,7 @@ RETRIED = ("preemption", "time_limit", "requeue", "node_failure")
 RESOURCES = Path(__file__).resolve().parent / "resources.yaml"
 CLUSTERS = ("local", "debug", "slurm")
 # Read by glibc when a process starts, unknown elsewhere. By default it hands freed megabytes back to the system and
-# pays for zeroed pages at the next step: up to a quarter of a small model's time (benchmarks/allocator.py).
+# pays for zeroed pages at the next step: up to a fifth of a small model's step (benchmarks/allocator.py).
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
 
 
