@@ -196,6 +196,12 @@ def test_a_dry_run_prints_what_sbatch_would_get_and_writes_nothing(tmp_path, cap
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_job_finds_its_threads_and_its_allocators_settings(tmp_path):
+    profile = dataclasses.replace(load_profile("slurm"), threads=3)
+    setup = array._setup(tmp_path / "runs", profile)
+    assert {"export OMP_NUM_THREADS=3", "export MALLOC_TRIM_THRESHOLD_=268435456"} < set(setup)
+
+
 def test_a_launch_from_inside_a_job_hands_on_where_the_cluster_is_and_nothing_else(monkeypatch):
     for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SBATCH_TIMELIMIT", "SUBMITIT_EXECUTOR", "MASTER_PORT"):
         monkeypatch.setenv(name, "7")

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fluidscale.data.sources import open_source
-from fluidscale.evaluate import Subject, evaluate, fid, generate
+from fluidscale.evaluate import Subject, evaluate, fid, generate, geneval
 from fluidscale.evaluate.__main__ import main as command
 from fluidscale.evaluate.agreement import agreement
 from fluidscale.evaluate.detect import load_detector
@@ -28,6 +28,7 @@ from fluidscale.evaluate.protocol import Detection, Metric, Score
 from fluidscale.evaluate.references import references
 from fluidscale.evaluate.rules import Verdict
 from fluidscale.evaluate.samples import Samples, read_samples
+from fluidscale.evaluate.suite import EVALUATORS
 from fluidscale.model.build import build
 from fluidscale.record import Placement
 from fluidscale.spec import InvalidInput, to_json
@@ -141,6 +142,33 @@ def test_the_contact_sheet_holds_every_picture_unchanged():
     for k in range(8):
         assert (sheet == 10 * k).all(axis=2).sum() >= 160 * 160
     assert sheet.shape[1] > sheet.shape[0]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_a_lighter_evaluation_leaves_out_is_neither_drawn_nor_scored(subject, asked):
+    images = {"geneval_unseen": asked, "stepwise_images": 8 if asked else 0}
+    spec = dataclasses.replace(subject.spec, evaluate=dataclasses.replace(subject.spec.evaluate, **images))
+    random = dataclasses.replace(spec, model=dataclasses.replace(spec.model, order="random", mask_law="uniform"))
+    stepwise = {"val_nll_raster_order", "val_nll_k_steps"}
+    assert stepwise & {one.name for one in EVALUATORS if one.wanted(random)} == (stepwise if asked else set())
+    source = dataclasses.replace(subject.source, world=FewPrompts(spec.data.world))
+    subject = dataclasses.replace(subject, source=source, spec=spec)
+    names = {score.metric.name for score in evaluate(subject, ["geneval"])}
+    assert ("geneval_unseen" in names) == asked and "geneval" in names
+    assert [path.name.split("-")[0] for path in sorted(subject.samples_dir.iterdir()) if path.is_dir()] == (
+        ["seen", "unseen"] if asked else ["seen"]
+    )
+
+
+def test_one_detector_looks_at_a_drawing_once(subject, monkeypatch):
+    source = dataclasses.replace(subject.source, world=FewPrompts(subject.spec.data.world))
+    subject, looked = dataclasses.replace(subject, source=source), []
+    judge = geneval.judge_images
+    monkeypatch.setattr(geneval, "judge_images", lambda *given: looked.append(given[2].name) or judge(*given))
+    scores = {score.metric.name: score for score in evaluate(subject, ["geneval", "detector_agreement"])}
+    first, second = "icons32-detector", "icons32-detector2"
+    assert sorted(looked) == [first, first, second]  # seen and unseen, and seen again by the other
+    assert scores["detector_agreement"].extra["scores"][0] == scores["geneval"].value
 
 
 def test_geneval_and_distance_of_a_fresh_model(subject):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from fluidscale.data.captioned import CaptionedShards, read_manifest
 from fluidscale.data.shards import Shards, ensure
+from fluidscale.kept import Kept
 from fluidscale.model.transformer import Text
 from fluidscale.record import Placement, write_atomic
-from fluidscale.spec import InvalidInput, RunSpec, WorldSpec, canonical, digest
+from fluidscale.spec import InvalidInput, RunSpec, canonical, digest
 from fluidscale.tokens.text import TextEncoder, padded, relative_error, tolerance
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ log = logging.getLogger("fluidscale.data")
 
 # Validation scenes of a world: the start of this split, whose combinations are those of training.
 WORLD_VALIDATION = "seen"
+# Batches of them, encoded: every run of a worker is measured on the same scenes, and several times.
+_VALIDATION: Kept[tuple[Tensor, Text]] = Kept(256)
 
 
 class Rows(Protocol):
@@ -76,8 +79,11 @@ class WorldSource:
         return WordRows(self._shards())
 
     def validation(self, first: int, count: int) -> tuple[Tensor, Text]:
-        scenes = _Validation(self.world.spec, self.tokenizer.sha256, self.world, self.tokenizer)
-        return _validation(scenes, first, count)
+        def encode() -> tuple[Tensor, Text]:
+            images, words, _ = self.world.scenes(first, count, WORLD_VALIDATION)
+            return self.tokenizer.encode(images), words_text(words)
+
+        return _VALIDATION((self.world.spec, self.tokenizer.sha256, first, count), encode)
 
     def text(self, captions: Sequence[str]) -> Text:
         return words_text(np.stack([self.world.encode(caption) for caption in captions]))
@@ -100,23 +106,6 @@ class WorldSource:
             log.info("encoded %d of %d scenes", done, rows)
 
         return ensure(self.data_dir / name, recipe, spec.data.images_unique, encode, progress)
-
-
-@dataclass(frozen=True)
-class _Validation:
-    """A world's validation scenes as one tokenizer has them: alike for all runs that name the same two."""
-
-    spec: WorldSpec
-    tokenizer_sha256: str
-    world: World = field(compare=False)
-    tokenizer: Tokenizer = field(compare=False)
-
-
-# Every run of a worker is measured on the same scenes, and several times.
-@functools.lru_cache(maxsize=256)
-def _validation(scenes: _Validation, first: int, count: int) -> tuple[Tensor, Text]:
-    images, words, _ = scenes.world.scenes(first, count, WORLD_VALIDATION)
-    return scenes.tokenizer.encode(images), words_text(words)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,12 @@ were drawn again? Of the prompts (the one to fit with): how far if other prompts
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +30,7 @@ from fluidscale.evaluate.protocol import (
 )
 from fluidscale.evaluate.rules import Verdict, check_prompts, judge
 from fluidscale.evaluate.samples import Samples
+from fluidscale.kept import Kept
 from fluidscale.record import write_atomic
 from fluidscale.spec import RunSpec, canonical
 from fluidscale.world.captions import TAGS
@@ -39,6 +38,8 @@ from fluidscale.world.prompts import PROTOCOL
 
 # Images detected in one call: a step of the progress shown.
 _BATCH = 256
+# The score and the agreement of two detectors look at the same drawing with the same detector.
+_VERDICTS: Kept[list[Verdict]] = Kept(4)
 
 
 @dataclass(frozen=True)
@@ -110,26 +111,11 @@ def judge_images(
     return verdicts
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """Drawn images and who looks at them: a folder's name says which images it holds."""
-
-    folder: Path
-    detector_sha256: str
-    samples: Samples = field(compare=False)
-    detector: Detector = field(compare=False)
-    progress: Progress = field(compare=False)
-
-
-# The score and the agreement of two detectors look at the same images with the same one.
-@functools.lru_cache(maxsize=4)
-def _verdicts(asked: _Judged) -> tuple[Verdict, ...]:
-    return tuple(judge_images(asked.samples.images(), asked.samples.rows, asked.detector, asked.progress))
-
-
-def judge_samples(samples: Samples, detector: Detector, progress: Progress = silent) -> tuple[Verdict, ...]:
-    """`judge_images` of drawn images, which remembers what it saw last."""
-    return _verdicts(_Judged(samples.folder, detector.sha256, samples, detector, progress))
+def judge_samples(samples: Samples, detector: Detector, progress: Progress = silent) -> list[Verdict]:
+    """`judge_images` of all images of a drawing, whose folder's name says which they are."""
+    return _VERDICTS(
+        (samples.folder, detector.sha256), lambda: judge_images(samples.images(), samples.rows, detector, progress)
+    )
 
 
 def per_prompt(
