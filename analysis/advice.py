@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from analysis.compare import draw
+from analysis.distributions import two_sided
 from analysis.fit import Fit
 from analysis.laws import Array
 
@@ -140,7 +140,7 @@ def _half_widths(sides: Sequence[_Side], extra: int, level: float) -> Array:
         for s in sides
     )
     dof = sum(s.dof for s in sides) + extra
-    return stats.t.ppf(0.5 + level / 2, dof) * np.sqrt(np.maximum(variance, 0.0))
+    return two_sided(level, dof) * np.sqrt(np.maximum(variance, 0.0))
 
 
 def _after_each(sides: Sequence[_Side], extra: int, level: float) -> Array:
@@ -153,7 +153,7 @@ def _after_each(sides: Sequence[_Side], extra: int, level: float) -> Array:
         gain = np.einsum("sp,spk->sk", s.goal, spread) ** 2 / (1 + np.einsum("skp,spk->sk", s.vectors, spread))
         variance = variance + s.sigma**2 * np.maximum(base[:, None] - gain, 1e-300)[:, s.kind]
     dof = sum(s.dof for s in sides) + extra + 1
-    return np.log(stats.t.ppf(0.5 + level / 2, dof) * np.sqrt(variance)).mean(0)
+    return np.log(two_sided(level, dof) * np.sqrt(variance)).mean(0)
 
 
 def _add(sides: Sequence[_Side], index: int) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from analysis.allocation import allocation
 from analysis.compare import comparisons
 from analysis.curves import learning_curves
+from analysis.distributions import slope
 from analysis.document import document
 from analysis.fit import Fit
 from analysis.isoflop import profiles
@@ -133,9 +133,7 @@ def _doubling(points: Points, level: float) -> dict[str, Any] | None:
     top = points.largest_data()
     if points.kind == "signed" or len(np.unique(top.n)) < 3:
         return None
-    found: Any = stats.linregress(np.log2(top.n), top.y if points.kind == "score" else np.log(top.y))
-    half = float(stats.t.ppf(0.5 + level / 2, len(top) - 2) * found.stderr)
-    ends = [found.slope, found.slope - half, found.slope + half]
+    ends = slope(np.log2(top.n), top.y if points.kind == "score" else np.log(top.y), level)
     change = [float(v) for v in (ends if points.kind == "score" else np.expm1(ends))]
     return {"group": dict(points.group), "metric": points.metric, "kind": points.kind, "change": change}
 
@@ -169,11 +167,7 @@ def assemble(result: Study, predictions: Path | None, runs: Path, planned: Seque
         "allocation": joint,
         "isoflop": [row for p in headline for row in profiles(p, choice.level, of.get((p.metric, p.name)))],
         "links": _links(result, losses, refits),
-        "ceilings": [
-            row
-            for p in scores
-            for row in ceiling_band(p, lambda chosen, points: refits.of(chosen)(points))
-        ],
+        "ceilings": [row for p in scores for row in ceiling_band(p, lambda chosen, points: refits.of(chosen)(points))],
         **comparisons(result.sound, result.fits, choice.level),
         "sensitivity": _sensitivities(result),
         "verdicts": verdicts(result.points, result.fits, choice.level),

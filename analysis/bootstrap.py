@@ -6,9 +6,8 @@ A percentile residual bootstrap without a degrees-of-freedom correction covers .
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
-from scipy.optimize import brentq
 
+from analysis.distributions import f_quantile
 from analysis.fit import Fit
 from analysis.intervals import LEVEL, parameter_intervals
 from analysis.laws import Array
@@ -61,8 +60,11 @@ def _percentiles(fit: Fit, thetas: Array, level: float) -> dict[str, tuple[float
 
 def _profile(fit: Fit, index: int, level: float) -> tuple[float, float]:
     """Where the profiled sum of squares has risen by F(1, n - p) residual variances, for one parameter."""
+    # an import as long as a table's fits: only where profiles are asked for
+    from scipy.optimize import brentq
+
     dof = len(fit.points) - fit.free
-    limit = fit.value * (1 + stats.f.ppf(level, 1, dof) / dof)
+    limit = fit.value * (1 + f_quantile(level, 1, dof) / dof)
     frozen = fit.frozen.copy()
     frozen[index] = True
     u = fit.coordinates(**{axis: fit.points.axis(axis) for axis in fit.law.axes})

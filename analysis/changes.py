@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from analysis.compare import contrast
+from analysis.distributions import two_sided
 from analysis.document import entry
 from analysis.fit import Fit
 from analysis.study import Study
@@ -25,13 +25,13 @@ def _parameter_changes(a: Fit, b: Fit, level: float) -> list[dict[str, Any]]:
     for name in ("alpha", "beta", "alpha_N", "alpha_D", "slope"):
         if name not in first["params"] or name not in second["params"]:
             continue
-        quantile = [float(stats.t.ppf(0.5 + level / 2, f.within[1])) for f in (a, b)]
+        quantile = [two_sided(level, f.within[1]) for f in (a, b)]
         halves = [(e["intervals"][name][1] - e["intervals"][name][0]) / 2 for e in (first, second)]
         errors = np.array(halves) / quantile
         if not (errors > 0).all():
             continue
         dof = float((errors**2).sum() ** 2 / sum(s**4 / f.within[1] for s, f in zip(errors, (a, b), strict=True)))
-        half = float(stats.t.ppf(0.5 + level / 2, dof) * np.hypot(*errors))
+        half = two_sided(level, dof) * float(np.hypot(*errors))
         effect = second["params"][name] - first["params"][name]
         out.append({
             "group": dict(a.points.group), "metric": a.points.metric, "law": a.law.name, "axes": list(a.law.axes),

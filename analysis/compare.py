@@ -12,9 +12,9 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from analysis.answers import paired
+from analysis.distributions import t_quantile, two_sided
 from analysis.fit import Fit
 from analysis.images import aligned, paired_error
 from analysis.laws import Array
@@ -105,7 +105,7 @@ def _by_rank(points: Points) -> list[np.ndarray]:
 
 def detectable(error: float, dof: float, level: float) -> float:
     """The least true effect that an interval at `level` excludes zero for with probability POWER."""
-    return error * float(stats.t.ppf(0.5 + level / 2, dof) + stats.t.ppf(POWER, dof))
+    return error * (two_sided(level, dof) + float(t_quantile(POWER, dof)))
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def contrast(
         effect, error, dof, apart, _ = sizes[0]
         if error == 0.0:
             return None
-    half = float(stats.t.ppf(0.5 + level / 2, dof)) * error
+    half = two_sided(level, dof) * error
     by = ["seeds"] if all(p.seeded for p in chosen) else []
     by += sorted(set.intersection(*(set(s[4]) for s in sizes)))
     return Contrast(
@@ -294,7 +294,7 @@ def crossings_by_seed(a: Fit, b: Fit, x: Array, level: float) -> dict[str, Any]:
     met = np.log([v for v in found.values() if np.isfinite(v)])
     if len(met) < 3:
         return {"by_seed": found, "paired_interval": None}
-    half = float(stats.t.ppf(0.5 + level / 2, len(met) - 1)) * float(met.std(ddof=1)) / np.sqrt(len(met))
+    half = two_sided(level, len(met) - 1) * float(met.std(ddof=1)) / np.sqrt(len(met))
     return {"by_seed": found, "paired_interval": [float(np.exp(met.mean() + s * half)) for s in (-1, 1)]}
 
 

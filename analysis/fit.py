@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from scipy import stats
 
+from analysis.distributions import normal_cdf, normal_pdf
 from analysis.laws import EXPONENT_BOUNDS, Array, Law, Public, SumLaw
 from analysis.points import Points
 from analysis.solver import SCREEN_TOLERANCE, Objective, minimise, project
@@ -221,10 +221,10 @@ def huber_inflation(delta: float, sigma: float) -> float:
     runs are added, because the residual sum of squares knows nothing of the estimator's lower efficiency.
     """
     c = delta / max(sigma, delta / ALL_INSIDE)
-    inside, tail = 2 * stats.norm.cdf(c) - 1, stats.norm.sf(c)
+    inside, tail = 2 * normal_cdf(c) - 1, normal_cdf(-c)
     if inside < 1e-9:
         return np.pi / 2
-    return float((inside - 2 * c * stats.norm.pdf(c) + 2 * c * c * tail) / inside**2)
+    return float((inside - 2 * c * normal_pdf(c) + 2 * c * c * tail) / inside**2)
 
 
 def _robust_correction(objective: Objective, mean_square: float, n: int, free: int) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
+from analysis.distributions import two_sided
 from analysis.fit import Fit
 from analysis.laws import SPLIT_LAWS, Array
 
@@ -43,7 +43,7 @@ def degrees(fit: Fit, gradient: Array) -> float:
 def spread(fit: Fit, gradient: Array, level: float = LEVEL) -> float:
     """The half-width t * sqrt(g' cov g) of a linear form of the parameters."""
     variance = max(float(gradient @ fit.covariance @ gradient), 0.0)
-    return float(stats.t.ppf(0.5 + level / 2, degrees(fit, gradient)) * np.sqrt(variance))
+    return two_sided(level, degrees(fit, gradient)) * float(np.sqrt(variance))
 
 
 def parameter_intervals(fit: Fit, level: float = LEVEL) -> dict[str, tuple[float, float]]:
@@ -91,7 +91,7 @@ def band(fit: Fit, level: float = LEVEL, **axes: Array | float) -> tuple[Array, 
     slope = gradient / inside
     variance = np.einsum("pn,pq,qn->n", slope, fit.covariance, slope)
     worst = min((degrees(fit, slope[:, i]) for i in range(slope.shape[1])), default=fit.within[1])
-    t = stats.t.ppf(0.5 + level / 2, worst)
+    t = two_sided(level, worst)
     noise = _run_variance(fit, value) / (1.0 if fit.objective.logarithmic else inside**2)
     half, run_half = t * np.sqrt(variance), t * np.sqrt(variance + noise)
     ends = [_shift(fit, value, h) for h in (-half, half, -run_half, run_half)]

@@ -10,8 +10,8 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
+from analysis.distributions import two_sided
 from analysis.laws import Array
 from analysis.points import Points
 
@@ -48,7 +48,7 @@ def parabola(n: Array, y: Array, level: float) -> dict[str, Any]:
     covariance = np.linalg.inv(design.T @ design) * float(rest @ rest) / dof
     vertex = -theta[1] / (2 * theta[2])
     gradient = np.array([0.0, -1 / (2 * theta[2]), theta[1] / (2 * theta[2] ** 2)])
-    half = float(stats.t.ppf(0.5 + level / 2, dof) * np.sqrt(gradient @ covariance @ gradient))
+    half = two_sided(level, dof) * float(np.sqrt(gradient @ covariance @ gradient))
     out = {
         "n_star": float(10 ** (centre + vertex)),
         "interval": [float(10 ** (centre + vertex + s * half)) for s in (-1, 1)],

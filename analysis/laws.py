@@ -127,8 +127,10 @@ class SumLaw:
     def starts(self, u: Array, y: Array) -> Array:
         grid = np.geomspace(0.06, 1.8, 7 if len(self.axes) == 2 else 10)
         powers = np.stack(np.meshgrid(*[grid] * len(self.axes), indexing="ij"), axis=-1).reshape(-1, len(self.axes))
-        if self.signed_floor:
-            return self._signed_starts(powers, u, y)
+        return self._signed_starts(powers, u, y) if self.signed_floor else self.at(powers, u, y)
+
+    def at(self, powers: Array, u: Array, y: Array) -> Array:
+        """Vectors (S, p) with the exponents (S, axes) and the floor and amplitudes near their best for each."""
         linear = _linear_starts(powers, u, y)
         logs = np.log(linear[:, 1:])
         if not self.floored:

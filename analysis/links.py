@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
+from analysis.distributions import normal_quantile
 from analysis.laws import Array, LogitLaw
 from analysis.points import Points
 from analysis.rollout import Refit, rungs
@@ -45,7 +45,7 @@ def pearson(x: Array, y: Array, level: float) -> tuple[float, float, float] | No
     if len(x) < 4 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     r = float(np.corrcoef(x, y)[0, 1])
-    half = stats.norm.ppf(0.5 + level / 2) / np.sqrt(len(x) - 3)
+    half = normal_quantile(0.5 + level / 2) / np.sqrt(len(x) - 3)
     centre = np.arctanh(np.clip(r, -1 + 1e-12, 1 - 1e-12))
     return r, float(np.tanh(centre - half)), float(np.tanh(centre + half))
 

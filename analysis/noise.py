@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
+from analysis.distributions import f_tail
 from analysis.fit import DESIGN_EFFECT, NO_SEEDS, Fit, SeedVariance, Warned, scale_of
 from analysis.laws import Array
 from analysis.points import Points
@@ -52,7 +52,7 @@ def seed_noise(points: Points) -> SeedNoise | None:
     squares, dof = 0.0, 0
     for cell in np.unique(cells, axis=0):
         here = (cells == cell).all(1)
-        if _replicates(points.take(here)):
+        if here.sum() > 1 and _replicates(points.take(here)):
             squares += float(((y[here] - y[here].mean()) ** 2).sum())
             dof += int(here.sum()) - 1
     return SeedNoise(points.metric, points.name, squares / dof, dof) if dof else None
@@ -99,6 +99,8 @@ def seed_variance(groups: Sequence[Points]) -> SeedVariance:
         values = _deviations(points)
         for size in np.unique(points.n):
             here = points.n == size
+            if len(np.unique(points.cluster[here])) < 2:
+                continue
             table = _table(points.take(here), values[here])
             if table is None:
                 continue
@@ -122,7 +124,7 @@ def lack_of_fit(fit: Fit, noise: SeedNoise | None) -> list[Warned]:
     if noise is None or not fit.objective.logarithmic or noise.variance == 0:
         return []
     ratio = (fit.within[0] + fit.between[0]) / noise.variance
-    chance = float(stats.f.sf(ratio, fit.within[1], noise.dof))
+    chance = f_tail(ratio, fit.within[1], noise.dof)
     if chance > LACK_OF_FIT_LEVEL:
         return []
     message = f"residual variance is {ratio:.1f} times that between seeds (p = {chance:.1e}): the law misses the data"

@@ -14,6 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -107,12 +109,13 @@ def save(figure: Figure, folder: Path, name: str) -> bytes:
     # one layout serves both formats, and costs more than drawing either
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    images = {}
-    for suffix in ("png", "svg"):
-        buffer = io.BytesIO()
-        metadata = {"Date": None} if suffix == "svg" else None
-        figure.savefig(buffer, format=suffix, dpi=PNG_DPI, metadata=metadata, facecolor="white")
-        images[suffix] = buffer.getvalue()
-        write(folder / f"{name}.{suffix}", images[suffix])
+    # each canvas prints as the figure stands: savefig would draw it once more to no end
+    figure.dpi = PNG_DPI
+    figure.patch.set_facecolor("white")
+    png, svg = io.BytesIO(), io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None})
+    write(folder / f"{name}.png", png.getvalue())
+    write(folder / f"{name}.svg", svg.getvalue())
     plt.close(figure)
-    return images["png"]
+    return png.getvalue()

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
+from analysis.distributions import normal_quantile
 from analysis.document import plain, write_json
 from analysis.intervals import predict
 from analysis.points import Points
@@ -84,7 +84,7 @@ def _measure(entry: dict[str, Any], points: Sequence[Points], today: str) -> Non
 
 def wilson(hits: int, count: int, level: float) -> tuple[float, float]:
     """Wilson's score interval of a share (Wilson 1927): it stays inside [0, 1] and is not empty at 0 or all."""
-    z = float(stats.norm.ppf(0.5 + level / 2))
+    z = normal_quantile(0.5 + level / 2)
     share, bound = hits / count, 1 + z * z / count
     middle = share + z * z / (2 * count)
     half = z * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count**2)))

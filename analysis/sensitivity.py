@@ -32,7 +32,7 @@ def _columns(points: Points, frame: pd.DataFrame, names: tuple[str, ...]) -> lis
     """The named columns at the points' rows; None unless all are there and known."""
     if not set(names) <= set(frame.columns):
         return None
-    rows = frame.set_index("_row").loc[points.rows]
+    rows = frame[["_row", *names]].set_index("_row").loc[points.rows]
     values = [numbers(rows[name])[0] for name in names]
     return values if all(np.isfinite(v).all() for v in values) else None
 

@@ -88,6 +88,24 @@ class _State:
     jacobian: Array
     damping: Array
 
+    def take(self, rows: np.ndarray) -> _State:
+        """The problems of these rows."""
+        return _State(
+            self.theta[rows], self.objective[rows], self.residual[rows], self.jacobian[rows], self.damping[rows]
+        )
+
+    def where(self, better: np.ndarray, other: _State) -> _State:
+        """These problems where they are better, else the others; each with its own damping from here."""
+        if better.all():
+            return self
+        return _State(
+            np.where(better[:, None], self.theta, other.theta),
+            np.where(better, self.objective, other.objective),
+            np.where(better[:, None], self.residual, other.residual),
+            np.where(better[:, None, None], self.jacobian, other.jacobian),
+            self.damping,
+        )
+
 
 def _look(law: Law, u: Array, y: Array, weights: Array, objective: Objective, theta: Array) -> _State:
     with np.errstate(all="ignore"):
@@ -103,26 +121,26 @@ def _step(state: _State, weights: Array, objective: Objective, frozen: np.ndarra
     Under Huber the Newton curvature counts only residuals inside the threshold; the damping adds the majorising
     (reweighted) curvature, so a fully damped step always descends and an undamped one converges quadratically.
     """
-    jac, res = state.jacobian, state.residual
+    jac, res, damping = state.jacobian, state.residual, state.damping[:, None]
     weights = objective.sided(weights, res)
     if objective.robust:
         size = np.abs(res)
-        inside = size <= objective.delta
-        psi = weights * np.clip(res, -objective.delta, objective.delta)
-        newton = (jac * (weights * inside)[:, None]) @ jac.transpose(0, 2, 1)
-        damped = weights * objective.delta / np.maximum(size, objective.delta)
-        major = (jac * damped[:, None]) @ jac.transpose(0, 2, 1)
+        major = weights * (objective.delta / np.maximum(size, objective.delta))
+        curvature = weights * (size <= objective.delta) + damping * major
+        psi = major * res
     else:
-        psi = weights * res
-        newton = major = (jac * weights[:, None]) @ jac.transpose(0, 2, 1)
+        psi, major, curvature = weights * res, weights, (1.0 + damping) * weights
     gradient = (jac @ psi[:, :, None])[:, :, 0]
     stuck = frozen | ((state.theta <= low) & (gradient > 0)) | ((state.theta >= high) & (gradient < 0))
-    diagonal = np.einsum("bii->bi", major)
-    matrix = newton + state.damping[:, None, None] * (major + diagonal[:, :, None] * np.eye(jac.shape[1]))
-    matrix = np.where(stuck[:, :, None] | stuck[:, None, :], 0.0, matrix)
-    ridge = np.where(stuck, 1.0, 1e-15 * diagonal.max(1, keepdims=True) + 1e-300)
-    matrix += ridge[:, :, None] * np.eye(jac.shape[1])
-    return -np.linalg.solve(matrix, np.where(stuck, 0.0, gradient)[:, :, None])[:, :, 0]
+    matrix = (jac * curvature[:, None]) @ jac.transpose(0, 2, 1)
+    diagonal = ((jac * jac) @ major[:, :, None])[:, :, 0]
+    if stuck.any():
+        matrix[stuck[:, :, None] | stuck[:, None, :]] = 0.0
+        gradient = np.where(stuck, 0.0, gradient)
+    ridge = damping * diagonal + 1e-15 * diagonal.max(1, keepdims=True) + 1e-300
+    # a view of the diagonals
+    np.einsum("bii->bi", matrix)[:] += np.where(stuck, 1.0, ridge)
+    return -np.linalg.solve(matrix, gradient[:, :, None])[:, :, 0]
 
 
 def minimise(
@@ -148,13 +166,12 @@ def minimise(
     frozen = np.zeros(start.shape[1], bool) if frozen is None else frozen
     theta = np.where(frozen, start, np.clip(start, low, high))
     final, reached, done = theta.copy(), np.full(batch, np.inf), np.zeros(batch, bool)
-    live = np.arange(batch)
+    live, y_live, w_live = np.arange(batch), y, weights
     state, idly = _look(law, u, y, weights, objective, theta), max(IDLE, IDLE_SHARE * tolerance)
     state.damping = np.full(batch, 1.0 if objective.robust else 1e-3)
     for _ in range(iterations):
-        y_live, w_live = y[live], weights[live]
         step = _step(state, w_live, objective, frozen, low, high)
-        trial = np.where(frozen, state.theta, np.clip(state.theta + step, low, high))
+        trial = np.where(frozen, state.theta, np.minimum(np.maximum(state.theta + step, low), high))
         moved = np.abs(trial - state.theta).max(1)
         seen = _look(law, u, y_live, w_live, objective, trial)
         better = seen.objective < state.objective
@@ -163,15 +180,13 @@ def minimise(
         stop = np.where(better, ((moved < tolerance) | idle) & (state.damping < 1e-2), state.damping > NO_DESCENT)
         stop |= ~better & (moved < tolerance)
         harder = np.maximum(state.damping, 1e-8) * 8.0
-        state.damping = np.clip(np.where(better, state.damping * 0.1, harder), 1e-14, 1e12)
-        state.theta = np.where(better[:, None], trial, state.theta)
-        state.objective = np.where(better, seen.objective, state.objective)
-        state.residual[better], state.jacobian[better] = seen.residual[better], seen.jacobian[better]
+        seen.damping = np.minimum(np.maximum(np.where(better, state.damping * 0.1, harder), 1e-14), 1e12)
+        state = seen.where(better, state)
         if stop.any():
             final[live[stop]], reached[live[stop]], done[live[stop]] = state.theta[stop], state.objective[stop], True
-            keep = ~stop
-            live = live[keep]
-            state = _State(*(getattr(state, name)[keep] for name in _State.__dataclass_fields__))
+            keep = np.flatnonzero(~stop)
+            live, y_live, w_live = live[keep], y_live[keep], w_live[keep]
+            state = state.take(keep)
         if not len(live):
             break
     final[live], reached[live] = state.theta, state.objective
@@ -194,11 +209,7 @@ def project(
     for _ in range(7):
         axes = [np.geomspace(a, b, count) for a, b in zip(low, high, strict=True)]
         powers = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, k)
-        start = law.starts(u, y)[:1].repeat(len(powers), axis=0)
-        start[:, f + k :] = powers
-        start[:, f : f + k] = np.log(y.mean() / (k + 1))
-        start[:, :f] = y.min() * 0.5
-        start = np.where(frozen, theta, start)
+        start = np.where(frozen, theta, law.at(powers, u, y))
         solved = minimise(law, u, y, start, objective, weights, fixed, iterations=30, tolerance=SCREEN_TOLERANCE)
         best = solved.theta[np.argmin(solved.value)]
         ratio = (high / low) ** (1.5 / (count - 1))

@@ -12,9 +12,9 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from analysis.compare import POWER, Contrast, contrast, detectable
+from analysis.distributions import normal_quantile, slope, two_sided
 from analysis.fit import Fit
 from analysis.links import join, pearson
 from analysis.points import Points
@@ -106,15 +106,13 @@ def _judge(found: Sequence[tuple[Contrast | None, int]]) -> Judgement:
 
 def _from_half(estimate: Estimate, dof: float, level: float) -> float:
     """The detectable effect behind an estimate's interval."""
-    return detectable((estimate[2] - estimate[1]) / 2 / float(stats.t.ppf(0.5 + level / 2, dof)), dof, level)
+    return detectable((estimate[2] - estimate[1]) / 2 / two_sided(level, dof), dof, level)
 
 
 def _slope(x: np.ndarray, y: np.ndarray, level: float) -> Estimate | None:
     if len(x) < 3 or np.ptp(x) == 0:
         return None
-    found: Any = stats.linregress(x, y)
-    half = float(stats.t.ppf(0.5 + level / 2, len(x) - 2) * found.stderr)
-    return float(found.slope), float(found.slope) - half, float(found.slope) + half
+    return slope(x, y, level)
 
 
 def _loss_falls(e: Evidence) -> Judgement:
@@ -177,7 +175,7 @@ def _curvature(x: np.ndarray, y: np.ndarray, level: float) -> Estimate | None:
     theta, *_ = np.linalg.lstsq(design, y, rcond=None)
     rest = y - design @ theta
     variance = float(rest @ rest) / (len(x) - 3) * np.linalg.inv(design.T @ design)[2, 2]
-    half = float(stats.t.ppf(0.5 + level / 2, len(x) - 3) * np.sqrt(variance))
+    half = two_sided(level, len(x) - 3) * float(np.sqrt(variance))
     return float(theta[2]), float(theta[2]) - half, float(theta[2]) + half
 
 
@@ -227,7 +225,7 @@ def _steps_help(e: Evidence) -> Judgement:
                 rows += here.rows.tolist()
         if len(changes) < 3 or len(set(p.protocols)) > 1:
             return Judgement(NOT_MEASURED, text=f"{metric} was not measured alike at several data sizes")
-        half = stats.t.ppf(0.5 + e.level / 2, len(changes) - 1) * np.std(changes, ddof=1) / np.sqrt(len(changes))
+        half = two_sided(e.level, len(changes) - 1) * np.std(changes, ddof=1) / np.sqrt(len(changes))
         mean = float(np.mean(changes))
         signs.append(better * (1 if mean - half > 0 else -1 if mean + half < 0 else 0))
         says.append(f"{metric}: {mean:+.4f} ± {half:.4f} from the smallest to the largest data size")
@@ -257,7 +255,7 @@ def _nearly_linear(e: Evidence) -> Judgement:
         rows += p.rows.tolist()
     assert weakest is not None
     # Fisher's z of the least |r| whose interval would lie above NEARLY_LINEAR four times out of five
-    reach = float(stats.norm.ppf(0.5 + e.level / 2) + stats.norm.ppf(POWER)) / np.sqrt(min(sizes) - 3)
+    reach = (normal_quantile(0.5 + e.level / 2) + normal_quantile(POWER)) / np.sqrt(min(sizes) - 3)
     least = float(np.tanh(np.arctanh(NEARLY_LINEAR) + reach))
     return Judgement(_agree(signs), weakest[0], weakest[1:], "; ".join(says), rows, least)
 
@@ -269,7 +267,7 @@ def _peak_within_error(e: Evidence) -> Judgement:
         return _NOTHING
     last, before = (p.take(np.isclose(p.n, n, rtol=0.05)) for n in (p.n.max(), 3.1e9))
     gap = float(last.y.mean() - before.y.mean())
-    half = float(stats.norm.ppf(0.5 + e.level / 2) * np.hypot(last.se.mean(), before.se.mean()))
+    half = normal_quantile(0.5 + e.level / 2) * float(np.hypot(last.se.mean(), before.se.mean()))
     if not np.isfinite(half):
         return Judgement(UNDECIDED, gap, text="no standard errors", rows=(*last.rows, *before.rows))
     verdict = HOLDS if abs(gap) < half else REVERSED

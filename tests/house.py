@@ -1,6 +1,6 @@
 """The house rules that no linter knows: no module over 400 lines, no function over 60, no `utils.py`.
 
-    python tests/house.py        lists what breaks them and exits with 1; `make check` runs it
+python tests/house.py        lists what breaks them and exits with 1; `make check` runs it
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Prints constraints.txt from the environment that it runs in: every package of the train and dev sets, direct or not.
 
-    .venv/bin/python tests/pins.py > constraints.txt        after the tests have passed with newer packages
+.venv/bin/python tests/pins.py > constraints.txt        after the tests have passed with newer packages
 """
 
 from __future__ import annotations

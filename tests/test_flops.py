@@ -90,7 +90,6 @@ class Counted(nn.Module):
         return self.losses(*arguments)
 
 
-
 def counted_flops(spec: ModelSpec, batch: int) -> tuple[dict[str, float], float]:
     """Torch's count per image on the meta device at the mask law's mean ratio: forward by component, and backward."""
     model = meta(spec)

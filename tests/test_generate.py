@@ -176,9 +176,7 @@ def test_geneval_and_distance_of_a_fresh_model(subject):
     source = dataclasses.replace(subject.source, world=FewPrompts(subject.spec.data.world))
     subject = dataclasses.replace(subject, source=source)
     scores = {score.metric.name: score for score in evaluate(subject, ["geneval", "fd"])}
-    assert {"geneval", "geneval_unseen", "geneval_counting", "fd", "kid", "precision", "recall"} <= set(
-        scores
-    )
+    assert {"geneval", "geneval_unseen", "geneval_counting", "fd", "kid", "precision", "recall"} <= set(scores)
     assert scores["geneval"].value < 0.2 and scores["geneval"].extra["prompts"] == 12
     assert scores["fd"].value > 5 * scores["fd"].se > 0 and scores["fd"].metric.unit == "FD-icons32"
     results = list((subject.run_dir / "samples").glob("seen-*/results.jsonl"))
