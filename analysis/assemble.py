@@ -10,6 +10,7 @@ import numpy as np
 
 from analysis.allocation import allocation
 from analysis.compare import comparisons
+from analysis.composition import composition
 from analysis.curves import learning_curves
 from analysis.distributions import slope
 from analysis.document import document
@@ -166,6 +167,7 @@ def assemble(result: Study, predictions: Path | None, runs: Path, planned: Seque
         "doublings": [row for p in headline if (row := _doubling(p, choice.level))],
         "allocation": joint,
         "isoflop": [row for p in headline for row in profiles(p, choice.level, of.get((p.metric, p.name)))],
+        "composition": composition(result.sound, choice.level),
         "links": _links(result, losses, refits),
         "ceilings": [row for p in scores for row in ceiling_band(p, lambda chosen, points: refits.of(chosen)(points))],
         **comparisons(result.sound, result.fits, choice.level),

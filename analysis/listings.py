@@ -180,6 +180,23 @@ def contrasts(doc: Document) -> Listing:
     return Listing("Arm against arm", note, headers, rows)
 
 
+def compositions(doc: Document) -> Listing:
+    rows = []
+    for c in doc.get("composition", []):
+        for s in c["sizes"]:
+            trend = c["trend"] if s is c["sizes"][-1] else None
+            moves = f"{digits(trend[0])} {span(trend[1:])}" if trend else ""
+            gap, odds = (f"{digits(s[k][0])} {span(s[k][1:])}" for k in ("gap", "log_odds_gap"))
+            rows.append((label_of(c["group"]), short(s["n"]), digits(s["seen"]), digits(s["unseen"]), gap, odds, moves))
+    note = (
+        "On the tags that both have: combinations of class, colour and relation that training held out against those "
+        "it saw, at the largest data size. Scores are bounded, so whether the gap closes is judged by the log odds: "
+        "their change per doubling of N stands beside the largest size."
+    )
+    headers = ("arm", "N", "seen", "held out", "gap", "gap in log odds", "per doubling of N")
+    return Listing("Held-out combinations", note, headers, rows)
+
+
 def links(doc: Document) -> Listing:
     rows = []
     for k in doc["links"]:

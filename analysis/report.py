@@ -25,7 +25,8 @@ from analysis.document import write  # noqa: E402
 Document = dict[str, Any]
 LISTINGS = (
     "glance", "laws", "remarks", "choice", "rollouts", "calibration", "predictions", "crossings", "chances",
-    "contrasts", "links", "ceilings", "allocations", "isoflops", "sensitivities", "noise", "runs", "excluded",
+    "contrasts", "compositions", "links", "ceilings", "allocations", "isoflops", "sensitivities", "noise", "runs",
+    "excluded",
 )  # fmt: skip
 TEMPLATES = Path(__file__).parent / "templates"
 
