@@ -1,4 +1,4 @@
-"""Compositional generalisation: combinations that training held out against those it saw, on the tags that both have."""
+"""Compositional generalisation: combinations held out of training against seen ones, on the tags that both have."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def _ceilings(ax: Axes, doc: Document, metric: str, axis: str, names: set[str]) 
     """Beyond the data: the law under the lowest and the highest ceiling, whose spread no fit can narrow."""
     if axis != "c":
         return
-    for name in names:
+    for name in sorted(names):
         mine = [c for c in doc["ceilings"] if c["metric"] == metric and name_of(c["group"]) == name]
         if len(mine) < 2:
             continue

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,46 +34,63 @@ LISTINGS = (
     "excluded",
 )  # fmt: skip
 TEMPLATES = Path(__file__).parent / "templates"
+# a report has some twenty figures: more processes would only be started
+DRAWING_PROCESSES = 8
 
 
-def _jobs(doc: Document) -> Iterator[tuple[str, str, str, Figure | None]]:
-    """Every figure the data allow: section, file name, caption, figure."""
+@dataclass(frozen=True)
+class Job:
+    """A figure to be drawn, if the data allow it: where it stands, its file's name, its caption, who draws it."""
+
+    section: str
+    name: str
+    caption: str
+    draw: Callable[[], Figure | None]
+
+    def drawn(self, folder: Path) -> dict[str, Any] | None:
+        """Saves the figure under `folder`; as the page wants it: the image embedded, `half` where one panel wide."""
+        figure = self.draw()
+        if figure is None:
+            return None
+        half = figure.get_figwidth() < 5
+        image = panels.save(figure, folder, self.name)
+        shown = {"section": self.section, "name": self.name, "caption": self.caption, "half": half}
+        return shown | {"src": pictures.embedded(image)}
+
+
+def _jobs(doc: Document) -> Iterator[Job]:
+    """Every figure that a report may have, in its order."""
     metrics = [m for m in dict.fromkeys(m["metric"] for m in doc["measurements"]) if not m.startswith("geneval_")]
     for metric in metrics:
-        title = words.title_of(metric)
+        title = words.capital(words.title_of(metric))
         for axis in ("n", "c"):
-            caption = f"{title[:1].upper()}{title[1:]} against {figures.axis_name(doc, axis)}."
-            yield metric, f"{metric}-vs-{axis}", caption, figures.metric_along(doc, metric, axis)
-        caption = f"{title[:1].upper()}{title[1:]} against {figures.axis_name(doc, 'd')}, a line a model size."
-        yield metric, f"{metric}-vs-d", caption, figures.along_data(doc, metric)
-    yield "tags", "score-tags", "Each tag of the score against parameters.", figures.tags(doc)
-    yield "links", "loss-to-metric", "Metric against validation loss, one line an arm.", diagnostics.links(doc)
+            caption = f"{title} against {figures.axis_name(doc, axis)}."
+            yield Job(metric, f"{metric}-vs-{axis}", caption, partial(figures.metric_along, doc, metric, axis))
+        caption = f"{title} against {figures.axis_name(doc, 'd')}, a line a model size."
+        yield Job(metric, f"{metric}-vs-d", caption, partial(figures.along_data, doc, metric))
+    yield Job("tags", "score-tags", "Each tag of the score against parameters.", partial(figures.tags, doc))
+    caption = "Metric against validation loss, one line an arm."
+    yield Job("links", "loss-to-metric", caption, partial(diagnostics.links, doc))
     caption = (
         "Best model size and data size for a budget; shaded: beyond what was trained; dotted: interval off the panel."
     )
-    yield "allocation", "allocation", caption, diagnostics.allocation(doc)
-    yield "isoflop", "isoflop", "Profiles at equal compute, a cross-check.", diagnostics.isoflop(doc)
+    yield Job("allocation", "allocation", caption, partial(diagnostics.allocation, doc))
+    yield Job("isoflop", "isoflop", "Profiles at equal compute, a cross-check.", partial(diagnostics.isoflop, doc))
     caption = "What the laws leave unexplained, in percent of the measured loss."
-    yield "residuals", "residuals", caption, diagnostics.residuals(doc)
-    yield "curves", "learning-curves", "Training loss, a line a model size.", diagnostics.learning_curves(doc)
-    yield "predictions", "calibration", "Predictions made from smaller rungs alone.", diagnostics.calibration(doc)
+    yield Job("residuals", "residuals", caption, partial(diagnostics.residuals, doc))
+    caption = "Training loss, a line a model size."
+    yield Job("curves", "learning-curves", caption, partial(diagnostics.learning_curves, doc))
+    caption = "Predictions made from smaller rungs alone."
+    yield Job("predictions", "calibration", caption, partial(diagnostics.calibration, doc))
 
 
 def _figures(doc: Document, folder: Path) -> list[dict[str, Any]]:
-    """Draws and saves the figures; each with its section, caption and embedded image, `half` where one panel wide.
-
-    Figures of an earlier report that this one does not have are removed.
-    """
-    out = []
-    for section, name, caption, figure in _jobs(doc):
-        if figure is not None:
-            half = figure.get_figwidth() < 5
-            image = panels.save(figure, folder / "figures", name)
-            out.append(
-                {"section": section, "name": name, "caption": caption, "src": pictures.embedded(image), "half": half}
-            )
+    """Draws and saves the figures, on all cores; those of an earlier report that this one does not have are removed."""
+    place = folder / "figures"
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, DRAWING_PROCESSES)) as pool:
+        out = [shown for shown in pool.map(Job.drawn, _jobs(doc), repeat(place)) if shown is not None]
     names = {f["name"] for f in out}
-    for old in (folder / "figures").glob("*.*"):
+    for old in place.glob("*.*"):
         if old.suffix in (".png", ".svg") and old.stem not in names:
             old.unlink()
     return out

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fluidscale.train.tracking import Mirror
 
 log = logging.getLogger("fluidscale.sync")
-PAUSE_SECONDS = 5.0
+PAUSE_SECONDS = 10.0
 PATIENCE = 3  # runs in a row that a store may fail before a pass is given up
 NO_SWEEP = "runs"  # the experiment of runs that no sweep launched
 

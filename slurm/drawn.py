@@ -76,17 +76,22 @@ def protocols_any_n(spec: RunSpec, run_dir: Path, found: Mapping[str, Sequence[A
     judges = (read_json(run_dir / "eval" / "geneval.json") or {}).get("extra") or {}
     if "detector_sha256" not in judges or not found:
         return {}
-    facts = {
+    judge = {
         "detector": judges["detector_sha256"],
         # GenEval's own detector leaves colours to CLIP.
         **({"clip": judges["clip_sha256"]} if "clip_sha256" in judges else {}),
-        "prompts": {metric: sorted({(a.tag, a.prompt) for a in asked}) for metric, asked in found.items()},
         "world": canonical(spec.data.world),
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
-    name = f"geneval-{spec.data.name}-g{spec.evaluate.sampling.guidance_scale:g}-{digest}"
-    metrics = (*found, *(f"geneval_{tag}" for tag in sorted({a.tag for a in found.get("geneval", ())})))
-    return {f"{metric}_protocol_any_n": name for metric in metrics}
+
+    def name(asked: Sequence[Answer]) -> str:
+        # Of this score's prompts alone: a lighter evaluation asks fewer of other scores.
+        facts = {**judge, "prompts": sorted({(a.tag, a.prompt) for a in asked})}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+        return f"geneval-{spec.data.name}-g{spec.evaluate.sampling.guidance_scale:g}-{digest}"
+
+    tags = {f"geneval_{a.tag}": "geneval" for a in found.get("geneval", ())}
+    sets = {**dict.fromkeys(found), **tags}
+    return {f"{metric}_protocol_any_n": name(found[of or metric]) for metric, of in sets.items()}
 
 
 def write_per_prompt(path: Path, runs: Mapping[str, Mapping[str, Sequence[Answer]]]) -> None:

@@ -176,8 +176,9 @@ def supervise(
     """
     runs_dir = workers.runs_dir
     mark: list[Any] = []
+    states: list[RunState] = []
     while True:
-        states = read_states(plan, runs_dir)
+        states = read_states(plan, runs_dir, states)
         show(states)
         if all(state.state in OVER for state in states):
             return states

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,16 @@ class RunState:
         return (train.steps - self.step) * train.batch / self.images_per_s + cost.evaluate_seconds
 
 
-def read_states(plan: Plan, runs_dir: Path) -> list[RunState]:
-    """The state of every run of the plan, in the plan's order."""
-    held = {trunk_id: _held(runs_dir, trunk_id) for trunk_id in {run.spec.trunk_id for run in plan.runs}}
-    return [_read(run, runs_dir / run.spec.id, held[run.spec.trunk_id]) for run in plan.runs]
+def read_states(plan: Plan, runs_dir: Path, before: Sequence[RunState] = ()) -> list[RunState]:
+    """The state of every run of the plan, in the plan's order.
+
+    `before` is what an earlier look of the same process gave: what was finished then is not read again.
+    """
+    known = {state.planned.spec.id: state for state in before if state.state in FINISHED}
+    open_runs = [run for run in plan.runs if run.spec.id not in known]
+    held = {trunk_id: _held(runs_dir, trunk_id) for trunk_id in {run.spec.trunk_id for run in open_runs}}
+    read = {run.spec.id: _read(run, runs_dir / run.spec.id, held[run.spec.trunk_id]) for run in open_runs}
+    return [known.get(run.spec.id) or read[run.spec.id] for run in plan.runs]
 
 
 def read_state(run: PlannedRun, runs_dir: Path) -> RunState:

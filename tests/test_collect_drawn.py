@@ -84,6 +84,15 @@ def test_the_number_of_images_does_not_change_the_protocol_and_the_judge_does(tm
     assert protocols_any_n(SPEC, tmp_path / "guided", {}) == {}
 
 
+def test_a_lighter_evaluation_without_held_out_prompts_keeps_the_scores_protocol(tmp_path: Path) -> None:
+    record = evaluated(tmp_path / "a", 4, 1)
+    light = answers(tmp_path / "a", record)
+    full = {**light, "geneval_unseen": light["geneval"][:1]}
+    names = protocols_any_n(SPEC, tmp_path / "a", full)
+    assert names.pop("geneval_unseen_protocol_any_n") not in names.values()
+    assert names == protocols_any_n(SPEC, tmp_path / "a", light)
+
+
 def test_one_prompt_that_all_were_asked_is_shown(tmp_path: Path) -> None:
     found = {name: answers(tmp_path / name, evaluated(tmp_path / name, 4, right))["geneval"]
              for name, right in (("a", 1), ("b", 3))}  # fmt: skip

@@ -52,6 +52,18 @@ def test_a_run_goes_from_planned_to_done(planned, tmp_path):
     assert state_of(planned, tmp_path, run).state == "done"
 
 
+def test_what_was_finished_at_an_earlier_look_is_not_read_again(planned, tmp_path, monkeypatch):
+    first, second = planned.runs[:2]
+    cheap(first.spec, RunFolder(tmp_path / first.spec.id).path, first.placement, lambda: False)
+    before = status.read_states(planned, tmp_path)
+    read = []
+    monkeypatch.setattr(status, "_read", lambda run, *_, of=status._read: read.append(run) or of(run, *_))
+    cheap(second.spec, RunFolder(tmp_path / second.spec.id).path, second.placement, lambda: False)
+    after = status.read_states(planned, tmp_path, before)
+    assert first not in read and second in read
+    assert [s.state for s in after[:2]] == ["done", "done"] and [s.planned for s in after] == list(planned.runs)
+
+
 def test_a_run_whose_process_died_is_lost_not_running(planned, tmp_path):
     run = planned.runs[0]
     code = (

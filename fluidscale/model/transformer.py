@@ -115,9 +115,7 @@ class SelfAttention(nn.Module):
         self.qkv, self.out = linear(width, 3 * width), linear(width, width)
         self.position = table(num_positions, 2 * width) if num_positions else None
 
-    def forward(
-        self, x: Tensor, place: Place, cache: LayerCache | None = None, wanted: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, place: Place, cache: LayerCache | None = None, wanted: Tensor | None = None) -> Tensor:
         batch, slots, width = x.shape
         qk, v = self.qkv(x).split([2 * width, width], dim=-1)
         qk = qk.view(batch, slots, 2, self.num_heads, -1)
