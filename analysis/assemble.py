@@ -159,7 +159,8 @@ def assemble(result: Study, predictions: Path | None, runs: Path, planned: Seque
     doc["law_choice"] = [row for p in headline for row in _law_choice(result, p, refits, rollouts)]
     _attach_rollouts(doc, result.fits, rollouts)
     losses = {p.name: p for p in result.sound if p.kind == "loss"}
-    joint = [a for f in result.fits if (a := allocation(f, choice.level))]
+    # A law with a blocking remark (no optimum, parameters that trade off) has no best split to offer.
+    joint = [a for f in result.fits if f.headline and (a := allocation(f, choice.level))]
     of = {(a["metric"], "-".join(a["group"].values()) or "all"): a for a in joint}
     scores = [p for p in headline if p.kind == "score" and np.isfinite(p.c).all() and len(p)]
     doc |= {
