@@ -89,9 +89,8 @@ def protocols_any_n(spec: RunSpec, run_dir: Path, found: Mapping[str, Sequence[A
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
         return f"geneval-{spec.data.name}-g{spec.evaluate.sampling.guidance_scale:g}-{digest}"
 
-    tags = {f"geneval_{a.tag}": "geneval" for a in found.get("geneval", ())}
-    sets = {**dict.fromkeys(found), **tags}
-    return {f"{metric}_protocol_any_n": name(found[of or metric]) for metric, of in sets.items()}
+    tags = {f"geneval_{answer.tag}": found["geneval"] for answer in found.get("geneval", ())}
+    return {f"{metric}_protocol_any_n": name(asked) for metric, asked in {**found, **tags}.items()}
 
 
 def write_per_prompt(path: Path, runs: Mapping[str, Mapping[str, Sequence[Answer]]]) -> None:
