@@ -71,6 +71,7 @@ report: $(BASE)  ## draw the report of SWEEP again from its laws.json
 
 ui: $(TRAIN)  ## MLflow's pages of all runs, on this machine only (PORT=)
 	@test -f $(RUNS)/mlflow/mlflow.db || { echo "$(RUNS)/mlflow/mlflow.db: not there yet; start a sweep: make smoke" >&2; exit 2; }
+	@echo "open http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning (in the page's other mode, GenAI, no run is shown)"
 	@$(PY) -m mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow/mlflow.db
 
 test: $(DEV)  ## the tests; no GPU, no network, no apt
