@@ -13,8 +13,9 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from fluidscale.tokens.image import as_tokenizer, build_network, load_tokenizer,
 from fluidscale.tokens.networks import FACTOR, KLAutoencoder, VQAutoencoder
 from fluidscale.tokens.quality import psnr, reconstruct
 from fluidscale.world import Scene, World
+from fluidscale.world.ahead import drawers
 
 SPLIT = "all"
 # Numbers of the held-out scenes that quality is measured on; seeds start their training scenes SEED_STRIDE apart.
@@ -41,7 +43,9 @@ HELD_OUT_START, HELD_OUT_COUNT, SEED_STRIDE = 10**12, 2048, 10**9
 # What counts as found in counting tasks, and as a ghost anywhere (GenEval's two thresholds).
 SURE, GHOST = 0.9, 0.3
 
-Loss = Callable[[nn.Module, int], Tensor]
+# What the scenes of one batch are learned from, and a network's loss on it: a scalar.
+Material = Any
+Loss = Callable[[Any, Material], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,17 +76,22 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def train(network: nn.Module, recipe: Recipe, loss_of: Loss, report: Callable[[int, float], None]) -> None:
-    """AdamW with clipped gradients; `loss_of(network, first scene)` is one batch's loss, `report` hears every step."""
+def train(
+    network: nn.Module,
+    recipe: Recipe,
+    batches: Iterable[Material],
+    loss_of: Loss,
+    report: Callable[[int, float], None],
+) -> None:
+    """AdamW with clipped gradients, a step a batch; `report` hears every step."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=1e-4)
 
     def rate(step: int) -> float:
         return min(1.0, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    first = recipe.seed * SEED_STRIDE
-    for step in range(recipe.steps):
-        loss = loss_of(network, first + step * recipe.batch)
+    for step, material in enumerate(batches):
+        loss = loss_of(network, material)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {loss.item()} at step {step}; lower the rate")
         optimizer.zero_grad(set_to_none=True)
@@ -114,13 +123,21 @@ def seconds(world: World, scenes: Sequence[Scene], start: int) -> Pictures:
     return Pictures(np.stack([world.render(scene) for scene in others]), targets(world, others))
 
 
-def pairs(world: World, scenes: Sequence[Scene]) -> Tensor:
+def pairs(world: World, scenes: Sequence[Scene]) -> np.ndarray:
     """Objects of each class and colour, int64 (B, K, C + 1); the last colour is untinted."""
-    counts = torch.zeros(len(scenes), len(world.spec.classes), len(world.spec.colors) + 1, dtype=torch.long)
+    counts = np.zeros((len(scenes), len(world.spec.classes), len(world.spec.colors) + 1), np.int64)
     for row, objects in zip(counts, targets(world, scenes), strict=True):
         for target in objects:
             row[target.cls, target.color] += 1
     return counts
+
+
+def material(kind: str, count: int, world: World, start: int) -> Material:
+    """What a network of a kind learns from, of `count` scenes from number `start` on."""
+    images, scenes = batch(world, start, count)
+    if kind == "detector":
+        return Pictures(images, targets(world, scenes)), seconds(world, scenes, start)
+    return (images, pairs(world, scenes)) if kind == "features" else images
 
 
 def certainty(detector: IconDetector, images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
@@ -135,12 +152,12 @@ def certainty(detector: IconDetector, images: np.ndarray, scenes: Sequence[Scene
 
 
 class Workshop:
-    """One world, where its networks are kept, and who is told of progress."""
+    """One world, where its networks are kept, and the device that they are trained on."""
 
-    def __init__(self, world_name: str, out: Path | None) -> None:
+    def __init__(self, world_name: str, out: Path | None, device: str = "cpu") -> None:
         self.name = Path(world_name).stem
         self.world = World(load_world(world_name))
-        self.out = out
+        self.out, self.device = out, device
         if self.world.spec.resolution % FACTOR:
             raise InvalidInput(f"{world_name}: resolution {self.world.spec.resolution} is not divisible by {FACTOR}")
 
@@ -156,7 +173,7 @@ class Workshop:
     def tokenizers(self) -> dict[str, Any]:
         """Those tokenizers of this world that have been trained already."""
         paths = {target: self.nearest(target) for target in ("vae", "vq")}
-        return {target: load_tokenizer(str(path)) for target, path in paths.items() if path.exists()}
+        return {target: load_tokenizer(str(path), self.device) for target, path in paths.items() if path.exists()}
 
     def card(self, target: str, recipe: Recipe, command: str) -> dict[str, Any]:
         """All of a card that is known before training."""
@@ -183,27 +200,37 @@ class Workshop:
         return build(**card["network"], num_classes=len(card["classes"]), num_colors=len(card["colors"]))
 
     def loss(self, recipe: Recipe) -> Loss:
-        """One batch's loss, from the number of its first scene."""
-        tokenizers = list(self.tokenizers().values()) if recipe.kind == "detector" else []
+        """How a network learns from one batch's material."""
+        if recipe.kind == "detector":
+            tokenizers = list(self.tokenizers().values())
 
-        def of(network: Any, start: int) -> Tensor:
-            images, scenes = batch(self.world, start, recipe.batch)
-            if recipe.kind == "detector":
-                own = Pictures(images, targets(self.world, scenes))
-                views = judged_views(own, seconds(self.world, scenes, start), tokenizers)
-                return network.loss(views.pixels, views.objects)
-            if recipe.kind == "features":
-                return network.loss(to_pixels(images), pairs(self.world, scenes))
-            return network.loss(to_pixels(images))
+            def of_views(network: Any, drawn: Material) -> Tensor:
+                views = judged_views(*drawn, tokenizers)
+                return network.loss(views.pixels.to(self.device), views.objects)
 
-        return of
+            return of_views
+        if recipe.kind == "features":
+            return lambda network, drawn: network.loss(
+                to_pixels(drawn[0], self.device), torch.from_numpy(drawn[1]).to(self.device)
+            )
+        return lambda network, drawn: network.loss(to_pixels(drawn, self.device))
+
+    def train(self, network: nn.Module, recipe: Recipe, report: Callable[[int, float], None]) -> None:
+        """Trains on the workshop's device, while other cores draw the next scenes, and comes back to the CPU."""
+        first = recipe.seed * SEED_STRIDE
+        starts = range(first, first + recipe.steps * recipe.batch, recipe.batch)
+        with drawers(self.world, self.device) as at_work:
+            batches = at_work.map(partial(material, recipe.kind, recipe.batch), starts)
+            train(network.to(self.device), recipe, batches, self.loss(recipe), report)
+        network.to("cpu")
 
     def quality(self, network: nn.Module, card: dict[str, Any]) -> dict[str, Any]:
         """What a card says of a trained network, measured on held-out scenes with the weights as stored."""
         images, scenes = batch(self.world, HELD_OUT_START, HELD_OUT_COUNT)
         if isinstance(network, FeatureNetwork):
             with torch.inference_mode():
-                return {"scene_accuracy": network.accuracy(to_pixels(images), pairs(self.world, scenes))}
+                counts = torch.from_numpy(pairs(self.world, scenes))
+                return {"scene_accuracy": network.accuracy(to_pixels(images), counts)}
         named = {**card, "sha256": ""}
         if isinstance(network, DetectorNetwork):
             detector = IconDetector(network, named)
@@ -238,7 +265,7 @@ def pretrain(workshop: Workshop, target: str, recipe: Recipe, command: str) -> d
     network = workshop.network(card)
     started = time.process_time()
     with _progress(card["name"], recipe.steps) as report:
-        train(network, recipe, workshop.loss(recipe), report)
+        workshop.train(network, recipe, report)
     if isinstance(network, (KLAutoencoder, FeatureNetwork)):
         network.measure_scaling(to_pixels(batch(workshop.world, recipe.seed * SEED_STRIDE, HELD_OUT_COUNT)[0]))
     # Of the one thread, so that what else the machine did does not show.
@@ -309,13 +336,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example: python -m fluidscale.pretrain vae --world icons32 --out runs/tokenizers\n"
         "order: vae and vq, then detector, detector2 and features, then measure: every card's figures anew,\n"
         "and on the tokenizers' the floors and ceilings that scores are to be read against.\n"
-        "One CPU thread, so that a command gives the same weights on every run.",
+        "One CPU thread, so that a command gives the same weights on every run; --device cuda for worlds of 64 px and\n"
+        "more, where one thread takes an hour.",
     )
     parser.add_argument("target", choices=(*RECIPES, "measure"))
     parser.add_argument(
         "--world", default="icons32", metavar="NAME|YAML", help="a row of sweeps/worlds.yaml, or a file"
     )
     parser.add_argument("--out", type=Path, help="folder of weights and cards (default: where shipped ones lie)")
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="default: %(default)s")
     parser.add_argument("--seed", type=int, help="initial weights and scenes (default: the recipe's)")
     parser.add_argument("--steps", type=int, help="training steps (default: the recipe's)")
     parser.add_argument("--channels", type=int, help="vae: channels of a token; the file is then WORLD-vae-CHANNELS")
@@ -335,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, command: str) -> list[dict[str, Any]]:
-    workshop = Workshop(arguments.world, arguments.out)
+    workshop = Workshop(arguments.world, arguments.out, arguments.device)
     if arguments.target == "measure":
         return [measure(workshop, target) for target in RECIPES]
     asked = {

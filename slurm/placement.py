@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fluidscale.machine import available_cores, available_memory_gb
 from fluidscale.published import judge_assets
 from fluidscale.record import Placement
 from fluidscale.spec import InvalidInput, RunSpec, from_dict, unknown_key
@@ -201,26 +202,3 @@ def cuda_devices() -> list[tuple[int, float]]:
 def has_mps() -> bool:
     """Whether this is a Mac whose GPU torch can use."""
     return platform.system() == "Darwin" and platform.machine() == "arm64"
-
-
-def available_cores() -> int:
-    """CPUs this process may use: its affinity, capped by the control group's quota (containers)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, period = (_control("cpu.max") or f"{_control('cpu/cpu.cfs_quota_us')} 100000").split()
-    limited = quota.isdigit() and period.isdigit()
-    return max(1, min(cores, int(quota) // int(period))) if limited else cores
-
-
-def available_memory_gb() -> float:
-    """Memory of this machine in GB, capped by the control group's limit."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _control("memory.max") or _control("memory/memory.limit_in_bytes")
-    return min(total, int(limit) if limit.isdigit() else total) / 1e9
-
-
-def _control(name: str) -> str:
-    """A limit of the control group (version 2, then 1), empty where there is none."""
-    try:
-        return (Path("/sys/fs/cgroup") / name).read_text().strip()
-    except OSError:
-        return ""

@@ -8,10 +8,11 @@ import os
 import pytest
 from cheap_job import plan_of, write_sweep
 
+from fluidscale.machine import available_cores, available_memory_gb
 from fluidscale.spec import InvalidInput
 from fluidscale.sweep import load_sweep, read_yaml
 from slurm import cost, placement, plan
-from slurm.placement import RESOURCES, Machine, available_cores, choose, load_profile
+from slurm.placement import RESOURCES, Machine, choose, load_profile
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_without_a_gpu_there_is_a_one_thread_worker_a_core(monkeypatch):
     monkeypatch.setattr(placement, "has_mps", lambda: False)
     machine = choose("local", None)
     assert machine.profile.name == "cpu" and machine.workers == available_cores() and machine.profile.threads == 1
-    assert 0 < machine.profile.memory_gb * machine.workers <= placement.available_memory_gb() * 1.001
+    assert 0 < machine.profile.memory_gb * machine.workers <= available_memory_gb() * 1.001
 
 
 def test_the_cores_are_those_this_process_may_use():

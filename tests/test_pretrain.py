@@ -113,8 +113,8 @@ def test_training_learns(kind: str):
     if kind == "vq":
         network.warmup = 10
     losses: list[float] = []
-    fixed = workshop.loss(recipe)
-    pretrain.train(network, recipe, lambda net, start: fixed(net, 0), lambda step, loss: losses.append(loss))
+    one = pretrain.material(recipe.kind, recipe.batch, workshop.world, 0)
+    pretrain.train(network, recipe, [one] * recipe.steps, workshop.loss(recipe), lambda step, loss: losses.append(loss))
     assert np.mean(losses[-5:]) < 0.75 * losses[0]
 
 
@@ -122,7 +122,7 @@ def test_pairs_count_objects():
     world = World(load_world("icons32"))
     scenes = world.describe(0, 50, "all")
     counts = pretrain.pairs(world, scenes)
-    assert counts.sum(dim=(1, 2)).tolist() == [len(scene.objects) for scene in scenes]
+    assert counts.sum(axis=(1, 2)).tolist() == [len(scene.objects) for scene in scenes]
     icon = scenes[0].objects[0]
     color = world.spec.colors.index(icon.color) if icon.color else len(world.spec.colors)
     assert counts[0, world.spec.classes.index(icon.cls), color] >= 1
@@ -162,4 +162,4 @@ def test_a_loss_that_is_no_number_stops_the_training():
     recipe = pretrain.replace(pretrain.RECIPES["detector"], steps=2)
     network = DetectorNetwork("tower", [4], num_classes=2, num_colors=2)
     with pytest.raises(FloatingPointError, match="step 0"):
-        pretrain.train(network, recipe, lambda net, start: net.trunk.layers[1].weight.sum() * np.nan, lambda *_: None)
+        pretrain.train(network, recipe, [0], lambda net, one: net.trunk.layers[1].weight.sum() * np.nan, lambda *_: None)

@@ -23,6 +23,7 @@ from fluidscale.model.transformer import Text
 from fluidscale.record import Placement, write_atomic
 from fluidscale.spec import InvalidInput, RunSpec, canonical, digest
 from fluidscale.tokens.text import TextEncoder, padded, relative_error, tolerance
+from fluidscale.world.ahead import drawers
 
 if TYPE_CHECKING:
     from fluidscale.tokens.image import Tokenizer
@@ -32,6 +33,8 @@ log = logging.getLogger("fluidscale.data")
 
 # Validation scenes of a world: the start of this split, whose combinations are those of training.
 WORLD_VALIDATION = "seen"
+# Scenes drawn at a time to be encoded: a multiple of a tokenizer's pass, so that no token depends on it.
+_DRAWN = 1024
 # Batches of them, encoded: every run of a worker is measured on the same scenes, and several times.
 _VALIDATION: Kept[tuple[Tensor, Text]] = Kept(256)
 
@@ -74,6 +77,7 @@ class WorldSource:
     world: World
     tokenizer: Tokenizer
     data_dir: Path
+    device: str = "cpu"  # of the tokenizer
 
     def training(self) -> Rows:
         return WordRows(self._shards())
@@ -95,17 +99,23 @@ class WorldSource:
         kept = np.float16 if spec.model.token_kind == "continuous" else np.int16
 
         def encode(start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-            parts = []
-            for first in range(start, start + count, 4096):
-                images, text, _ = world.scenes(first, min(4096, start + count - first), split="train")
-                parts.append((tokenizer.encode(images).numpy().astype(kept), text))
-            tokens, text = zip(*parts, strict=True)
+            parts = [(first, min(_DRAWN, start + count - first)) for first in range(start, start + count, _DRAWN)]
+            drawn = [(tokenizer.encode(images).numpy().astype(kept), text) for images, text in draw(parts)]
+            tokens, text = zip(*drawn, strict=True)
             return np.concatenate(tokens), np.concatenate(text)
 
         def progress(done: int, rows: int) -> None:
             log.info("encoded %d of %d scenes", done, rows)
 
-        return ensure(self.data_dir / name, recipe, spec.data.images_unique, encode, progress)
+        with drawers(world, self.device) as at_work:
+            draw = functools.partial(at_work.map, _training_scenes)
+            return ensure(self.data_dir / name, recipe, spec.data.images_unique, encode, progress)
+
+
+def _training_scenes(world: World, part: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures and captions of one part (first scene, number of scenes)."""
+    images, text, _ = world.scenes(*part, split="train")
+    return images, text
 
 
 @dataclass(frozen=True)
@@ -224,7 +234,8 @@ def open_source(spec: RunSpec, placement: Placement, runs: Path, device: torch.d
         return _open_shards(spec, placement, runs, device)
     world = World(spec.data.world)
     check_world(spec, world)
-    return WorldSource(spec, world, _tokenizer(spec, placement, device), Path(placement.data_dir or runs / "data"))
+    data_dir = Path(placement.data_dir or runs / "data")
+    return WorldSource(spec, world, _tokenizer(spec, placement, device), data_dir, str(device))
 
 
 def _tokenizer(spec: RunSpec, placement: Placement, device: torch.device | str) -> Tokenizer:
