@@ -190,7 +190,7 @@ class Workshop:
             facts |= {"grid": spec.resolution // FACTOR, "channels": recipe.channels, "vocab_size": recipe.codes}
         else:
             facts |= {"classes": list(spec.classes), "colors": list(spec.colors)}
-        return facts | {"command": command, "recipe": asdict(recipe), "torch": torch.__version__}
+        return facts | {"command": command, "recipe": asdict(recipe), "torch": torch.__version__, "device": self.device}
 
     def network(self, card: dict[str, Any]) -> nn.Module:
         """The untrained network of a card."""
@@ -216,30 +216,29 @@ class Workshop:
         return lambda network, drawn: network.loss(to_pixels(drawn, self.device))
 
     def train(self, network: nn.Module, recipe: Recipe, report: Callable[[int, float], None]) -> None:
-        """Trains on the workshop's device, while other cores draw the next scenes, and comes back to the CPU."""
+        """Trains on the workshop's device, while other cores draw the next scenes."""
         first = recipe.seed * SEED_STRIDE
         starts = range(first, first + recipe.steps * recipe.batch, recipe.batch)
         with drawers(self.world, self.device) as at_work:
             batches = at_work.map(partial(material, recipe.kind, recipe.batch), starts)
             train(network.to(self.device), recipe, batches, self.loss(recipe), report)
-        network.to("cpu")
 
     def quality(self, network: nn.Module, card: dict[str, Any]) -> dict[str, Any]:
         """What a card says of a trained network, measured on held-out scenes with the weights as stored."""
         images, scenes = batch(self.world, HELD_OUT_START, HELD_OUT_COUNT)
         if isinstance(network, FeatureNetwork):
             with torch.inference_mode():
-                counts = torch.from_numpy(pairs(self.world, scenes))
-                return {"scene_accuracy": network.accuracy(to_pixels(images), counts)}
+                counts = torch.from_numpy(pairs(self.world, scenes)).to(self.device)
+                return {"scene_accuracy": network.accuracy(to_pixels(images, self.device), counts)}
         named = {**card, "sha256": ""}
         if isinstance(network, DetectorNetwork):
-            detector = IconDetector(network, named)
+            detector = IconDetector(network, named, self.device)
             measured = {**certainty(detector, images, scenes), **references(self.world, detector=detector)}
             for target, tokenizer in self.tokenizers().items():
                 through = references(self.world, tokenizer, detector)
                 measured |= {f"geneval_ceiling_{target}": through["geneval_ceiling"]}
             return measured
-        tokenizer = as_tokenizer(network, named)
+        tokenizer = as_tokenizer(network, named, self.device)
         started = time.process_time()
         tokens = tokenizer.encode(images)
         encoded = time.process_time()
@@ -267,7 +266,8 @@ def pretrain(workshop: Workshop, target: str, recipe: Recipe, command: str) -> d
     with _progress(card["name"], recipe.steps) as report:
         workshop.train(network, recipe, report)
     if isinstance(network, (KLAutoencoder, FeatureNetwork)):
-        network.measure_scaling(to_pixels(batch(workshop.world, recipe.seed * SEED_STRIDE, HELD_OUT_COUNT)[0]))
+        images, _ = batch(workshop.world, recipe.seed * SEED_STRIDE, HELD_OUT_COUNT)
+        network.measure_scaling(to_pixels(images, workshop.device))
     # Of the one thread, so that what else the machine did does not show.
     card["seconds"] = round(time.process_time() - started, 1)
     # Half precision halves what is shipped; quality is measured on what a user will load.
@@ -280,14 +280,14 @@ def measure(workshop: Workshop, target: str) -> dict[str, Any]:
     """Measures a trained network anew and writes its card, on a tokenizer's also its floors and ceilings."""
     path = workshop.path(target)
     data, card = shipped.verified(str(path))
-    network = workshop.network(card)
+    network = workshop.network(card).to(workshop.device)
     load_weights(network, data)
     card |= workshop.quality(network.eval().requires_grad_(False), card)
     if card["kind"] in ("continuous", "discrete"):
-        detector = load_detector(str(workshop.nearest("detector")))
-        features = load_features(str(workshop.nearest("features")))
+        detector = load_detector(str(workshop.nearest("detector")), workshop.device)
+        features = load_features(str(workshop.nearest("features")), workshop.device)
         card |= {"detector_sha256": detector.sha256, "features_sha256": features.sha256}
-        card |= references(workshop.world, load_tokenizer(str(path)), detector, features)
+        card |= references(workshop.world, load_tokenizer(str(path), workshop.device), detector, features)
     return shipped.store(path, data, card)
 
 

@@ -162,4 +162,4 @@ def test_a_loss_that_is_no_number_stops_the_training():
     recipe = pretrain.replace(pretrain.RECIPES["detector"], steps=2)
     network = DetectorNetwork("tower", [4], num_classes=2, num_colors=2)
     with pytest.raises(FloatingPointError, match="step 0"):
-        pretrain.train(network, recipe, [0], lambda net, one: net.trunk.layers[1].weight.sum() * np.nan, lambda *_: None)
+        pretrain.train(network, recipe, [0], lambda net, _: net.trunk.layers[1].weight.sum() * np.nan, lambda *_: None)

@@ -13,7 +13,8 @@ from fluidscale.machine import available_cores
 from fluidscale.spec import WorldSpec
 from fluidscale.world.world import World
 
-Item, Drawn = TypeVar("Item"), TypeVar("Drawn")
+Item = TypeVar("Item")
+Drawn = TypeVar("Drawn")
 
 _WORLDS: list[World] = []
 
