@@ -9,7 +9,7 @@ from pathlib import Path
 def available_cores() -> int:
     """CPUs this process may use: its affinity, capped by the control group's quota (containers)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, period = (_control("cpu.max") or f"{_control('cpu/cpu.cfs_quota_us')} 100000").split()
+    quota, period = (_control("cpu.max") or f"{_control('cpu/cpu.cfs_quota_us') or 'max'} 100000").split()
     limited = quota.isdigit() and period.isdigit()
     return max(1, min(cores, int(quota) // int(period))) if limited else cores
 

@@ -17,6 +17,12 @@ from typing import Any, TypeVar
 TOKEN_KINDS = ("continuous", "discrete")
 ORDERS = ("random", "raster")
 MASK_LAWS = ("cosine", "uniform", "mar", "mar_sample")  # of random order: model/order.py
+# Which solvers draw tokens with a denoising head of each objective: model/solvers.py.
+SOLVERS = {
+    "eps": ("ddpm", "ddpm_clamped", "ddim", "dpmpp_2m"),
+    "v": ("ddim", "dpmpp_2m"),
+    "flow": ("dpmpp_2m", "euler"),
+}
 ARMS = tuple(f"{kind}-{order}" for kind in TOKEN_KINDS for order in ORDERS)
 
 # Fields added after the first release: absent from the canonical form while they hold their default.
@@ -295,6 +301,7 @@ __all__ = [
     "ARMS",
     "MASK_LAWS",
     "ORDERS",
+    "SOLVERS",
     "TOKEN_KINDS",
     "DataSpec",
     "DiffusionSpec",

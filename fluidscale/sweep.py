@@ -22,6 +22,7 @@ from fluidscale.published import read_judges
 from fluidscale.spec import (
     ARMS,
     MASK_LAWS,
+    SOLVERS,
     InvalidInput,
     RunSpec,
     TrainSpec,
@@ -306,7 +307,9 @@ def _train(train: dict[str, Any], images: int, width: int, where: str) -> dict[s
 
 def check(spec: RunSpec, where: str) -> None:
     """Raises InvalidInput when the numbers of a spec do not fit together, with the way out."""
-    model, train = spec.model, spec.train
+    model, train, sampling = spec.model, spec.train, spec.evaluate.sampling
+    objective = model.head.objective if model.head else ""
+    solvers = SOLVERS.get(objective, ()) if model.head else ("none",)
     head_dim, rest = divmod(model.width, model.num_heads)
     rules = (
         (rest, f"width {model.width} is not divisible by num_heads {model.num_heads}; change its row in sizes.yaml"),
@@ -322,6 +325,12 @@ def check(spec: RunSpec, where: str) -> None:
         (
             (model.token_kind == "continuous") == (model.head is None),
             f"model.head is {model.head}: continuous tokens need one, discrete tokens take none",
+        ),
+        (not solvers, f"model.head.objective {objective!r}: choose from {', '.join(SOLVERS)}"),
+        (
+            sampling.solver not in solvers,
+            f"evaluate.sampling.solver {sampling.solver!r} does not draw this head's tokens; "
+            f"choose from {', '.join(solvers)}",
         ),
         (
             train.warmup_steps > train.branch_step,

@@ -6,8 +6,8 @@ import torch
 
 from fluidscale.model import diffusion
 from fluidscale.model.diffusion import OBJECTIVES, likelihood_bound
-from fluidscale.model.solvers import CLAMP, SOLVERS, make_solver, respaced
-from fluidscale.spec import InvalidInput
+from fluidscale.model.solvers import CLAMP, make_solver, respaced
+from fluidscale.spec import SOLVERS, InvalidInput
 
 torch.set_num_threads(1)
 
@@ -263,7 +263,7 @@ def test_a_worse_denoiser_has_a_larger_bound():
     assert wrong > right + 0.1
 
 
-FITTING = [(o, s) for s, (kinds, _) in SOLVERS.items() for o, make in OBJECTIVES.items() if isinstance(make(), kinds)]
+FITTING = [(objective, solver) for objective, fitting in SOLVERS.items() for solver in fitting]
 
 
 @pytest.mark.parametrize(("name", "solver"), FITTING)

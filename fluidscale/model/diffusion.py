@@ -63,6 +63,7 @@ class Level:
 class Objective(Protocol):
     """What the network predicts, along which path, and how that is scored."""
 
+    name: str  # of OBJECTIVES
     outputs_per_channel: int
     start: float  # native time, and log-SNR, from which a deterministic solver may start
     lowest_log_snr: float
@@ -144,6 +145,8 @@ def _placed(level: Level, which: Tensor, device: torch.device) -> tuple[Tensor, 
 class Velocity(_ContinuousTime):
     """v-prediction on the cosine variance-preserving path (arXiv 2202.00512): alpha = cos(pi t / 2), t ~ U(0, 1)."""
 
+    name = "v"
+
     def __init__(self) -> None:
         super().__init__(lambda t: (torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)), lambda u: u)
 
@@ -162,6 +165,8 @@ class Velocity(_ContinuousTime):
 
 class Flow(_ContinuousTime):
     """Flow matching on the straight path, t = sigmoid(N(0, 1)) (arXiv 2403.03206)."""
+
+    name = "flow"
 
     def __init__(self) -> None:
         super().__init__(lambda t: (1 - t, t), lambda u: torch.sigmoid(torch.special.ndtri(u)))
@@ -232,6 +237,7 @@ def _eps_table(device: torch.device) -> Tensor:
 class Epsilon:
     """MAR's loss exactly: squared noise error plus the variational bound (in bits) that trains the variance alone."""
 
+    name = "eps"
     outputs_per_channel = 2
     # Below this the token is the predicted noise's error times 1 / alpha > 9: a solver is better off not asking.
     lowest_log_snr = -4.5

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluidscale.model.diffusion import TIME_STEPS, Epsilon, Flow, Level, Objective, Velocity, cosine_betas, posterior
-from fluidscale.spec import InvalidInput
+from fluidscale.model.diffusion import TIME_STEPS, Epsilon, Level, Objective, cosine_betas, posterior
+from fluidscale.spec import SOLVERS, InvalidInput
 
 # Even log-SNR steps end here: all but .25 % of a unit-variance token is known, and its prediction stands for it.
 LOG_SNR_STOP = 6.0
@@ -45,12 +45,12 @@ class Solver:
 
 def make_solver(name: str, objective: Objective, num_steps: int) -> Solver:
     """Raises InvalidInput for a solver that does not exist or does not fit the objective, or fewer than one step."""
-    fitting = [solver for solver, (kinds, _) in SOLVERS.items() if isinstance(objective, kinds)]
+    fitting = SOLVERS[objective.name]
     if name not in fitting:
         raise InvalidInput(f"solver {name!r} does not fit this head's objective; choose from {', '.join(fitting)}")
     if num_steps < 1 or (name.startswith("ddpm") and num_steps > TIME_STEPS):
         raise InvalidInput(f"num_denoising_steps must be at least 1 (ddpm: at most {TIME_STEPS}), got {num_steps}")
-    return SOLVERS[name][1](objective, num_steps)
+    return _BUILDERS[name](objective, num_steps)
 
 
 def respaced(num_steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -149,10 +149,10 @@ def _clamp(objective: Objective) -> float:
     return CLAMP if isinstance(objective, Epsilon) else math.inf
 
 
-SOLVERS: dict[str, tuple[tuple[type, ...], Callable[[Objective, int], Solver]]] = {
-    "ddpm": ((Epsilon,), _ddpm),
-    "ddpm_clamped": ((Epsilon,), _ddpm_clamped),
-    "ddim": ((Epsilon, Velocity), _ddim),
-    "dpmpp_2m": ((Epsilon, Velocity, Flow), _dpmpp_2m),
-    "euler": ((Flow,), _ddim),
+_BUILDERS: dict[str, Callable[[Objective, int], Solver]] = {
+    "ddpm": _ddpm,
+    "ddpm_clamped": _ddpm_clamped,
+    "ddim": _ddim,
+    "dpmpp_2m": _dpmpp_2m,
+    "euler": _ddim,
 }

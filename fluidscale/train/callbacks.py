@@ -53,7 +53,9 @@ class Monitor(AfterStep):
             self._write(step, pl_module)
 
     def _write(self, step: int, module: FluidModule) -> None:
-        loss = self._ranks.sum(torch.stack(self._losses).float()).mean().item()
+        # Those of a checkpoint have come back on the CPU.
+        losses = torch.stack([one.to(self._losses[-1].device) for one in self._losses])
+        loss = self._ranks.sum(losses.float()).mean().item()
         elapsed, taken = time.monotonic() - self._mark, len(self._losses)
         self._mark += elapsed
         self._losses.clear()
