@@ -205,7 +205,8 @@ class Workshop:
             tokenizers = list(self.tokenizers().values())
 
             def of_views(network: Any, drawn: Material) -> Tensor:
-                views = judged_views(*drawn, tokenizers)
+                own, second = drawn
+                views = judged_views(own, second, tokenizers)
                 return network.loss(views.pixels.to(self.device), views.objects)
 
             return of_views

@@ -75,7 +75,8 @@ class Sweep:
             if run.data.world is not None and not run.tokenizer_sha256:
                 raise InvalidInput(
                     f"{self.name}: the tokenizer of {run.arm} is planned only; train this world's networks first: "
-                    f"python -m fluidscale.pretrain vae --world {run.data.name}; then vq, detector, detector2, features"
+                    f"python -m fluidscale.pretrain vae --world {run.data.name}; then vq, detector, detector2, "
+                    "features; or, where only channels or codes differ, as the sweep's file says"
                 )
 
 
@@ -310,6 +311,7 @@ def check(spec: RunSpec, where: str) -> None:
     model, train, sampling = spec.model, spec.train, spec.evaluate.sampling
     objective = model.head.objective if model.head else ""
     solvers = SOLVERS.get(objective, ()) if model.head else ("none",)
+    draws = spec.evaluate.geneval_images_per_prompt or spec.evaluate.fd_images or spec.evaluate.judges
     head_dim, rest = divmod(model.width, model.num_heads)
     rules = (
         (rest, f"width {model.width} is not divisible by num_heads {model.num_heads}; change its row in sizes.yaml"),
@@ -328,7 +330,7 @@ def check(spec: RunSpec, where: str) -> None:
         ),
         (not solvers, f"model.head.objective {objective!r}: choose from {', '.join(SOLVERS)}"),
         (
-            sampling.solver not in solvers,
+            sampling.solver not in (solvers if draws else (*solvers, "none")),
             f"evaluate.sampling.solver {sampling.solver!r} does not draw this head's tokens; "
             f"choose from {', '.join(solvers)}",
         ),

@@ -44,6 +44,7 @@ class Profile:
     run_seconds: float
     checkpoint_minutes: float
     memory_gb: float = 0.0
+    runs_per_device: int = 1
     strategy: str = "single"
     nodes: int = 1
     devices: int = 1
@@ -90,7 +91,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Machine:
-    """The workers one machine can hold: a worker a core, or a worker a GPU."""
+    """The workers one machine can hold: a worker a core, or some a GPU."""
 
     profile: Profile
     workers: int
@@ -141,9 +142,10 @@ def choose(cluster: str, name: str | None, resources: Path | None = None) -> Mac
     if profile.device == "cuda":
         if not gpus:
             raise InvalidInput(f"--profile {name}: no CUDA device here (nvidia-smi lists none); try --profile cpu")
-        indices = tuple(index for index, _ in gpus)
-        memory = profile.memory_gb or min(gigabytes for _, gigabytes in gpus)
-        return Machine(replace(profile, memory_gb=memory), len(gpus), indices)
+        # Every device before any of them again: few runs are spread out.
+        indices = tuple(index for index, _ in gpus) * profile.runs_per_device
+        memory = profile.memory_gb or min(gigabytes for _, gigabytes in gpus) / profile.runs_per_device
+        return Machine(replace(profile, memory_gb=memory), len(indices), indices)
     workers = 1 if profile.device == "mps" else max(1, available_cores() // profile.threads)
     return Machine(replace(profile, memory_gb=profile.memory_gb or available_memory_gb() / workers), workers)
 

@@ -19,6 +19,10 @@ def write(tmp_path, body: str) -> str:
 
 # The recipe gives raster order a rate of its own, which a file's defaults do not reach.
 GOOD = "sizes: [50K]\narms: [discrete-random]\nimages: [8192]\n"
+OBJECTIVE = (
+    "sizes: [50K]\narms: [continuous-raster]\nimages: [8192]\n"
+    "by_token_kind: {{continuous: {{model: {{head: {{objective: {}}}}}}}}}\n"
+)
 
 
 def test_local_is_four_arms_by_five_sizes_by_three_data_sizes():
@@ -49,13 +53,13 @@ def test_every_shipped_sweep_resolves():
 
 
 def test_a_tokenizer_that_is_named_and_trained_takes_the_place_of_what_was_planned(tmp_path, monkeypatch):
-    """sweeps/icons.yaml plans with nothing trained, cannot start so, and takes the networks once they are there."""
+    """A sweep plans with nothing trained, cannot start so, and takes the networks once they are there."""
+    monkeypatch.setattr(inputs, "CARDS", tmp_path)
     sweep = load_sweep("icons", sizes=["500K"])
     assert all(run.tokenizer_sha256 == "" and run.model.num_tokens == 64 for run in sweep.runs)
     with pytest.raises(InvalidInput, match=r"fluidscale.pretrain vae --world icons64"):
         sweep.require_data()
     cards = {"kind": "continuous", "grid": 8, "channels": 8, "vocab_size": 0, "sha256": "a" * 64}
-    monkeypatch.setattr(inputs, "CARDS", tmp_path)
     (tmp_path / "icons64-vae.json").write_text(json.dumps(cards))
     run, *_ = load_sweep("icons", sizes=["500K"], arms=["continuous-random"]).runs
     assert run.tokenizer_sha256 == "a" * 64 and run.data.images_unique >= 3_000_000
@@ -104,6 +108,9 @@ def test_the_rate_falls_with_width_where_a_width_is_named_for_it(tmp_path):
         (GOOD + "by_token_kind: {discrete: {tokenizer: nothing}}\n", r"no tokenizer 'nothing'"),
         (GOOD + "by_order: {random: {model: {mask_law: none}}}\n", r"mask_law 'none' is not for random"),
         (GOOD + "by_token_kind: {discrete: {tokenizer: icons32-vae}}\n", r"cannot use the continuous tokenizer"),
+        (OBJECTIVE.format("v"), r"solver 'euler' does not draw this head's tokens; choose from ddim, dpmpp_2m"),
+        (OBJECTIVE.format("x"), r"model.head.objective 'x': choose from eps, v, flow"),
+        (GOOD + "defaults: {evaluate: {sampling: {solver: euler}}}\n", r"solver 'euler' .*choose from none"),
         ("sizes: [50K\n", "not readable as YAML"),
         ("arms: [discrete]\nsizes: [50K]\nimages: [8192]\n", "arms: unknown key 'discrete'"),
     ],
