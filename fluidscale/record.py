@@ -10,13 +10,13 @@ import os
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from fluidscale import flops
-from fluidscale.spec import InvalidInput, RunSpec, canonical
+from fluidscale.spec import InvalidInput, RunSpec
 
 SCHEMA_VERSION = 1
 # A table opens with what identifies a run and closes with what it cost; metrics and varied keys lie between.
@@ -178,9 +178,9 @@ def row(spec: RunSpec, run_dir: Path, outcome: dict[str, Any]) -> dict[str, Any]
 
 def varying(specs: Iterable[RunSpec]) -> dict[str, dict[str, Any]]:
     """Per run id, one dotted column for every spec key that varies over the runs and has no column of its own."""
-    flat = {spec.id: flatten(canonical(spec)) for spec in specs}
+    flat = {spec.id: flatten(asdict(spec)) for spec in specs}
     own = {"size", "seed", "train.lr", "train.batch", "train.steps", "train.decay_steps", "tokenizer_sha256"}
-    own |= {"model.token_kind", "model.order", "model.mask_law", "model.token_channels", "model.vocab_size"}
+    own |= {"model.token_kind", "model.order", "model.mask_law"}
     own |= {f"evaluate.sampling.{key}" for key in ("guidance_scale", "temperature", "num_inference_steps")}
     keys = sorted({key for columns in flat.values() for key in columns} - own)
     varied = [key for key in keys if len({json.dumps(columns.get(key)) for columns in flat.values()}) > 1]
