@@ -18,7 +18,7 @@ from analysis.distributions import t_quantile, two_sided
 from analysis.fit import Fit
 from analysis.images import aligned, paired_error
 from analysis.laws import Array
-from analysis.noise import FEW_REPLICATES
+from analysis.noise import FEW_REPLICATES, SeedNoise, pooled_by
 from analysis.points import Points
 
 DRAWS = 2000
@@ -195,12 +195,26 @@ def _freedom(known: float, estimated: float, dof: float) -> float:
     return (known + estimated) ** 2 / (estimated**2 / dof) if estimated > 0 and np.isfinite(dof) else float("inf")
 
 
+def _seeds_alone(noise: SeedNoise, pair: _Pair) -> float:
+    """Variance of a difference at one size by what seeds do to any group of this metric."""
+    return noise.variance * (1 / len(pair.a) + 1 / len(pair.b))
+
+
 def contrast(
-    a: Points, b: Points, fit_a: Fit | None, fit_b: Fit | None, at: str, level: float, own_protocols: bool = False
+    a: Points,
+    b: Points,
+    fit_a: Fit | None,
+    fit_b: Fit | None,
+    at: str,
+    level: float,
+    own_protocols: bool = False,
+    noise: SeedNoise | None = None,
 ) -> Contrast | None:
     """The difference a - b `at` the "smallest", "largest" or "all" sizes; None where they cannot be paired.
 
-    One size: an interval from run-to-run and evaluation noise. All sizes: Student's t over the paired differences.
+    One size: an interval from run-to-run and evaluation noise; where neither law nor own replicates say what another
+    seed would give, `noise`, pooled over the arm's variants, is the least. All sizes: Student's t over the paired
+    differences.
     `own_protocols` also admits values of one unit that were measured under a protocol of each arm's own.
     """
     if not (comparable(a, b) or (own_protocols and a.metric == b.metric and a.unit == b.unit)):
@@ -222,6 +236,9 @@ def contrast(
         error = float(differences.std(ddof=1) / np.sqrt(len(differences)))
     else:
         effect, error, dof, apart, _ = sizes[0]
+        unknown = between is None and fit_a is None and fit_b is None
+        if noise is not None and unknown and (seeds := _seeds_alone(noise, chosen[0])) > error**2:
+            error, dof = float(np.sqrt(seeds)), float(noise.dof)
         if error == 0.0:
             return None
     half = two_sided(level, dof) * error
@@ -321,14 +338,21 @@ def by_unit(fits: Sequence[Fit]) -> list[list[Fit]]:
     return [members for members in sets.values() if len(members) > 1]
 
 
+def _family(points: Points) -> tuple[str | None, ...]:
+    """Variants of one arm are alike in what a seed does to them."""
+    return points.metric, points.unit, points.group.get("token_kind"), points.group.get("order")
+
+
 def comparisons(points: Sequence[Points], fits: Sequence[Fit], level: float) -> dict[str, list[dict[str, Any]]]:
     """All contrasts, crossings (along N and C) and chances of being best that the table allows."""
     one_axis = [f for f in fits if len(f.law.axes) == 1 and f.law.name in ("power-floor", "compute", "logit")]
     law_of = {(f.points.metric, f.points.name): f for f in one_axis if f.law.axes == ("n",)}
+    noise_of = pooled_by([p.largest_data() for p in points], _family)
     contrasts, crossings, chances = [], [], []
     for a, b in combinations(points, 2):
+        fit_a, fit_b = (law_of.get((p.metric, p.name)) for p in (a, b))
         for at in ("smallest", "largest", "all"):
-            found = contrast(a, b, law_of.get((a.metric, a.name)), law_of.get((b.metric, b.name)), at, level)
+            found = contrast(a, b, fit_a, fit_b, at, level, noise=noise_of[_family(a)])
             if found is not None:
                 contrasts.append(found.__dict__ | {"sign": found.sign})
     headline = [f for f in one_axis if not f.points.metric.startswith("geneval_")]

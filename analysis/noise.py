@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +64,15 @@ def pooled(noises: Sequence[SeedNoise]) -> SeedNoise | None:
     if not dof:
         return None
     return SeedNoise(noises[0].metric, "all", sum(n.variance * n.dof for n in noises) / dof, dof)
+
+
+def pooled_by(points: Sequence[Points], key: Callable[[Points], Hashable]) -> dict[Hashable, SeedNoise | None]:
+    """`seed_noise` pooled over the groups of one key, the metric or more than that; None where nothing was repeated."""
+    found: dict[Hashable, list[SeedNoise]] = {key(p): [] for p in points}
+    for p in points:
+        if (noise := seed_noise(p)) is not None:
+            found[key(p)].append(noise)
+    return {name: pooled(noises) for name, noises in found.items()}
 
 
 def _deviations(points: Points) -> Array:

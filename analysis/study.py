@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.fit import Fit, SeedVariance, Warned, default_objective, fit
 from analysis.laws import Law, law
-from analysis.noise import lack_of_fit, pooled, seed_noise, seed_variance
+from analysis.noise import lack_of_fit, pooled_by, seed_variance
 from analysis.points import Points, select
 from analysis.settings import varied
 from analysis.solver import HUBER_DELTA, Objective
@@ -228,8 +228,5 @@ def study(table: Table, choice: Choice) -> Study:
 
 def _checked(fits: Sequence[Fit], points: Sequence[Points]) -> list[Fit]:
     """Fits with a remark where replicates, pooled over groups, show that the law's form misses the data."""
-    by_metric = {
-        metric: pooled([n for p in points if p.metric == metric and (n := seed_noise(p)) is not None])
-        for metric in {p.metric for p in points}
-    }
+    by_metric = pooled_by(points, lambda p: p.metric)
     return [replace(f, warnings=(*f.warnings, *lack_of_fit(f, by_metric[f.points.metric]))) for f in fits]

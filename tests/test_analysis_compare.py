@@ -136,3 +136,27 @@ def test_a_direction_that_the_data_hardly_hold_can_still_be_drawn() -> None:
     singular = replace(fitted, covariance=1e-6 * (axis @ axis.T) - 1e-20 * np.eye(len(axis)))
     drawn = draw(singular, 4000, np.random.default_rng(0)) - singular.theta
     assert np.allclose(drawn, drawn[:, :1], atol=1e-8) and 5e-4 < drawn[:, 0].std() < 3e-3
+
+
+def variants(rng: np.random.Generator, spread: float = 0.05) -> list[Points]:
+    """Four settings of one arm that do not differ, at one size, two seeds each, measured far more exactly than that."""
+    alike = chinchilla_points(np.full(2, 1e6), np.full(2, 1e9), 0.0, rng)
+    return [
+        replace(
+            alike,
+            y=np.exp(spread * rng.normal(size=2)),
+            se=np.full(2, 0.002),
+            seed=np.array(["0", "1"]),
+            cluster=np.array([f"{k}-0", f"{k}-1"]),
+            group={"token_kind": "discrete", "order": "random", "variant": str(k)},
+        )
+        for k in range(4)
+    ]
+
+
+def test_without_a_law_other_seeds_are_in_the_interval_of_a_difference() -> None:
+    """At one size no law says what another seed would give: replicates pooled over the arm's variants do."""
+    rng = np.random.default_rng(0)
+    found = [c for _ in range(100) for c in comparisons(variants(rng), [], 0.95)["contrasts"] if c["at"] == "largest"]
+    covered = np.mean([c["low"] <= 0 <= c["high"] for c in found])
+    assert len(found) == 600 and 0.92 < covered < 0.98
