@@ -103,6 +103,21 @@ def _by_rank(points: Points) -> list[np.ndarray]:
     return [np.flatnonzero(points.n == n) for n in np.unique(points.n)]
 
 
+def _at_common_data(a: Points, b: Points) -> tuple[Points, Points] | None:
+    """Each size at the largest data size that both have there; None where their sizes or data have no counterpart."""
+    ranks = list(zip(_by_rank(a), _by_rank(b), strict=False))
+    if not ranks or len(np.unique(a.n)) != len(np.unique(b.n)):
+        return None
+    kept = []
+    for i, j in ranks:
+        common = np.intersect1d(np.nan_to_num(a.d[i]), np.nan_to_num(b.d[j]))
+        if not len(common):
+            return None
+        kept.append([k[np.nan_to_num(p.d[k]) == common.max()] for p, k in ((a, i), (b, j))])
+    sides = [np.sort(np.concatenate(side)) for side in zip(*kept, strict=True)]
+    return a.take(sides[0]), b.take(sides[1])
+
+
 def detectable(error: float, dof: float, level: float) -> float:
     """The least true effect that an interval at `level` excludes zero for with probability POWER."""
     return error * (two_sided(level, dof) + float(t_quantile(POWER, dof)))
@@ -213,16 +228,16 @@ def contrast(
     """The difference a - b `at` the "smallest", "largest" or "all" sizes; None where they cannot be paired.
 
     One size: an interval from run-to-run and evaluation noise; where neither law nor own replicates say what another
-    seed would give, `noise`, pooled over the arm's variants, is the least. All sizes: Student's t over the paired
+    seed would give, `noise`, pooled over like groups, is the least. All sizes: Student's t over the paired
     differences.
     `own_protocols` also admits values of one unit that were measured under a protocol of each arm's own.
     """
     if not (comparable(a, b) or (own_protocols and a.metric == b.metric and a.unit == b.unit)):
         return None
-    a, b = a.largest_data(), b.largest_data()
-    ranks_a, ranks_b = _by_rank(a), _by_rank(b)
-    if len(ranks_a) != len(ranks_b) or not ranks_a:
+    if (both := _at_common_data(a, b)) is None:
         return None
+    a, b = both
+    ranks_a, ranks_b = _by_rank(a), _by_rank(b)
     pairs = [_pair(a, b, i, j) for i, j in zip(ranks_a, ranks_b, strict=True)]
     between, fits = _between_seeds(pairs), (fit_a, fit_b)
     chosen = {"smallest": pairs[:1], "largest": pairs[-1:], "all": pairs}[at]
@@ -338,21 +353,29 @@ def by_unit(fits: Sequence[Fit]) -> list[list[Fit]]:
     return [members for members in sets.values() if len(members) > 1]
 
 
-def _family(points: Points) -> tuple[str | None, ...]:
-    """Variants of one arm are alike in what a seed does to them."""
-    return points.metric, points.unit, points.group.get("token_kind"), points.group.get("order")
+def noises(points: Sequence[Points]) -> dict[tuple[str, str], SeedNoise | None]:
+    """What a seed does, by metric and group: to variants of one arm alike, else to the metric in any arm."""
+    top = [p.largest_data() for p in points]
+    arms = pooled_by(top, lambda p: (p.metric, p.unit, p.group.get("token_kind"), p.group.get("order")))
+    metrics = pooled_by(top, lambda p: (p.metric, p.unit))
+    found = {}
+    for p in points:
+        known = (arms[p.metric, p.unit, p.group.get("token_kind"), p.group.get("order")], metrics[p.metric, p.unit])
+        enough = (noise for noise in known if noise is not None and noise.dof >= FEW_REPLICATES)
+        found[p.metric, p.name] = next(enough, None)
+    return found
 
 
 def comparisons(points: Sequence[Points], fits: Sequence[Fit], level: float) -> dict[str, list[dict[str, Any]]]:
     """All contrasts, crossings (along N and C) and chances of being best that the table allows."""
     one_axis = [f for f in fits if len(f.law.axes) == 1 and f.law.name in ("power-floor", "compute", "logit")]
     law_of = {(f.points.metric, f.points.name): f for f in one_axis if f.law.axes == ("n",)}
-    noise_of = pooled_by([p.largest_data() for p in points], _family)
+    noise_of = noises(points)
     contrasts, crossings, chances = [], [], []
     for a, b in combinations(points, 2):
         fit_a, fit_b = (law_of.get((p.metric, p.name)) for p in (a, b))
         for at in ("smallest", "largest", "all"):
-            found = contrast(a, b, fit_a, fit_b, at, level, noise=noise_of[_family(a)])
+            found = contrast(a, b, fit_a, fit_b, at, level, noise=noise_of[a.metric, a.name])
             if found is not None:
                 contrasts.append(found.__dict__ | {"sign": found.sign})
     headline = [f for f in one_axis if not f.points.metric.startswith("geneval_")]

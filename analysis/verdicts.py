@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from analysis.compare import POWER, Contrast, contrast, detectable
+from analysis.compare import POWER, Contrast, contrast, detectable, noises
 from analysis.distributions import normal_quantile, slope, two_sided
 from analysis.fit import Fit
 from analysis.links import join, pearson
+from analysis.noise import SeedNoise
 from analysis.points import Points
 
 HOLDS, REVERSED, UNDECIDED, NOT_MEASURED = "holds", "reversed", "undecided", "not measured"
@@ -41,9 +43,13 @@ class Evidence:
         if left not in self.points or right not in self.points:
             return None
         a_points, b_points = self.points[left], self.points[right]
-        return contrast(
-            a_points, b_points, self.laws.get(left), self.laws.get(right), at, self.level, metric == "val_loss"
-        )
+        laws, noise = (self.laws.get(left), self.laws.get(right)), self.seeds[metric, a_points.name]
+        return contrast(a_points, b_points, *laws, at, self.level, own_protocols=metric == "val_loss", noise=noise)
+
+    @cached_property
+    def seeds(self) -> dict[tuple[str, str], SeedNoise | None]:
+        """What a seed does to each metric of each arm."""
+        return noises(list(self.points.values()))
 
     @property
     def distance(self) -> str:

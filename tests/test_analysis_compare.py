@@ -160,3 +160,13 @@ def test_without_a_law_other_seeds_are_in_the_interval_of_a_difference() -> None
     found = [c for _ in range(100) for c in comparisons(variants(rng), [], 0.95)["contrasts"] if c["at"] == "largest"]
     covered = np.mean([c["low"] <= 0 <= c["high"] for c in found])
     assert len(found) == 600 and 0.92 < covered < 0.98
+
+
+def test_only_equal_data_sizes_are_compared() -> None:
+    """A ladder half way through has its largest data in one arm only: what both have is compared."""
+    d = np.array([1e9, 2e9, 1e9, 2e9])
+    whole = chinchilla_points(np.array([1e6, 1e6, 1e7, 1e7]), d, 0.0, np.random.default_rng(0))
+    begun = replace(whole.take(np.arange(3)), group={"arm": "begun"}, y=whole.y[:3] * 1.1)
+    found = contrast(replace(whole, se=whole.y * 0.01), replace(begun, se=begun.y * 0.01), None, None, "largest", 0.95)
+    assert found is not None and found.rows == (2, 2) and found.effect == pytest.approx(-np.log(1.1))
+    assert contrast(whole, replace(begun, d=begun.d * 3), None, None, "largest", 0.95) is None
