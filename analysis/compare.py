@@ -248,17 +248,17 @@ def contrast(
             return None
         differences = np.array([s[0] for s in sizes])
         effect, dof, apart = float(differences.mean()), len(sizes) - 1.0, None
+        by = sorted(set.intersection(*(set(s[4]) for s in sizes)))
         error = float(differences.std(ddof=1) / np.sqrt(len(differences)))
     else:
-        effect, error, dof, apart, _ = sizes[0]
+        effect, error, dof, apart, by = sizes[0]
         unknown = between is None and fit_a is None and fit_b is None
         if noise is not None and unknown and (seeds := _seeds_alone(noise, chosen[0])) > error**2:
-            error, dof = float(np.sqrt(seeds)), float(noise.dof)
+            error, dof, apart, by = float(np.sqrt(seeds)), float(noise.dof), None, ()
         if error == 0.0:
             return None
     half = two_sided(level, dof) * error
-    by = ["seeds"] if all(p.seeded for p in chosen) else []
-    by += sorted(set.intersection(*(set(s[4]) for s in sizes)))
+    by = [*(["seeds"] if all(p.seeded for p in chosen) else []), *by]
     return Contrast(
         a.metric, a.name, b.name, at, effect, effect - half, effect + half, len(chosen), rows,
         tuple(by), error, apart, detectable(error, dof, level),
@@ -374,7 +374,8 @@ def comparisons(points: Sequence[Points], fits: Sequence[Fit], level: float) -> 
     contrasts, crossings, chances = [], [], []
     for a, b in combinations(points, 2):
         fit_a, fit_b = (law_of.get((p.metric, p.name)) for p in (a, b))
-        for at in ("smallest", "largest", "all"):
+        # Of a single size the smallest is the largest.
+        for at in ("smallest", "largest", "all") if len(np.unique(a.n)) > 1 else ("largest",):
             found = contrast(a, b, fit_a, fit_b, at, level, noise=noise_of[a.metric, a.name])
             if found is not None:
                 contrasts.append(found.__dict__ | {"sign": found.sign})
