@@ -66,13 +66,17 @@ class Points:
         return replace(self, **{name: getattr(self, name)[mask] for name in names})
 
     def largest_data(self) -> Points:
-        """At each model size the rows of its largest data size: the ladder that one-axis laws are fitted to."""
+        """The rows of the largest data size that all model sizes have: the ladder that one-axis laws are fitted to.
+
+        Where there is none, as in a ladder whose data grow with its models, each size's own largest.
+        """
         if not np.isfinite(self.d).all() or not np.isfinite(self.n).all():
             return self
-        most = np.zeros(len(self))
-        for size in np.unique(self.n):
+        data = [set(self.d[self.n == size].tolist()) for size in np.unique(self.n)]
+        most = np.full(len(self), max(set.intersection(*data), default=0.0)) if data else np.zeros(0)
+        for size in np.unique(self.n) if not most.any() else ():
             most[self.n == size] = self.d[self.n == size].max()
-        top = self.d >= most * (1 - 1e-9)
+        top = np.abs(self.d - most) <= most * 1e-9
         return self if top.all() else self.take(top)
 
     @cached_property

@@ -67,7 +67,7 @@ def _restored(base: Fit, table: Table) -> Iterator[Variant]:
         whole = whole.loc[whole[name].astype(str) == value]
     found, _ = select(table, points.group, whole, points.metric, points.kind)
     back = suited(base.law, found)
-    count = len(np.setdiff1d(back.rows, points.rows))
+    count = int(np.isin(back.rows, left["_row"]).sum())
     if count:
         yield f"with {count} unfinished runs", back, base.objective, "what was left out for its status, put back"
 

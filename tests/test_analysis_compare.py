@@ -170,3 +170,12 @@ def test_only_equal_data_sizes_are_compared() -> None:
     found = contrast(replace(whole, se=whole.y * 0.01), replace(begun, se=begun.y * 0.01), None, None, "largest", 0.95)
     assert found is not None and found.rows == (2, 2) and found.effect == pytest.approx(-np.log(1.1))
     assert contrast(whole, replace(begun, d=begun.d * 3), None, None, "largest", 0.95) is None
+
+
+def test_a_ladder_is_taken_at_the_largest_data_that_all_its_sizes_have() -> None:
+    n, d = np.array([1e6, 1e6, 1e7, 1e7, 1e8]), np.array([1e9, 2e9, 1e9, 2e9, 1e9])
+    points = chinchilla_points(n, d, 0.0, np.random.default_rng(0))
+    assert points.largest_data().d.tolist() == [1e9] * 3
+    assert points.take(np.arange(4)).largest_data().d.tolist() == [2e9] * 2
+    # Data that grow with the model have no size in common.
+    assert replace(points, d=n * 20).largest_data().n.tolist() == n.tolist()
