@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.compare import draw
+from analysis.crossings import draw
 from analysis.distributions import two_sided
 from analysis.fit import Fit
 from analysis.laws import Array

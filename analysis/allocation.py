@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.compare import DRAWS, draw
+from analysis.crossings import DRAWS, draw
 from analysis.fit import Fit
 from analysis.intervals import allocation_exponent
 from analysis.laws import SPLIT_LAWS, Array

@@ -14,20 +14,16 @@ from typing import Any
 import numpy as np
 
 from analysis.answers import paired
+from analysis.crossings import chance_of_best, crossing
 from analysis.distributions import t_quantile, two_sided
 from analysis.fit import Fit
 from analysis.images import aligned, paired_error
 from analysis.laws import Array
 from analysis.noise import FEW_REPLICATES, SeedNoise, pooled_by
-from analysis.points import Points
+from analysis.points import Points, comparable, data_levels
 
-DRAWS = 2000
 # the usual power of a planned comparison (Cohen 1988, Statistical Power Analysis, 2.4)
 POWER = 0.8
-# a crossing is looked for this far (in decades) on either side of the measured range
-REACH = 2.0
-# points along that range: between two of them the difference of two smooth laws is a straight line to within 1e-3
-GRID = 96
 
 
 @dataclass(frozen=True)
@@ -59,15 +55,8 @@ class Contrast:
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
 
-def comparable(a: Points, b: Points) -> bool:
-    """Whether two groups' values may be subtracted: same metric, unit and protocol.
-
-    A likelihood is per image: it is also compared across the orders of one tokenizer, whose protocols name the order.
-    """
-    if a.metric != b.metric or a.unit != b.unit:
-        return False
-    kinds = (a.group.get("token_kind"), b.group.get("token_kind"))
-    return a.protocol == b.protocol or (a.kind == "signed" and kinds[0] is not None and kinds[0] == kinds[1])
+# What a seed does to each of two arms, where replicates show it.
+Noises = tuple[SeedNoise | None, SeedNoise | None]
 
 
 def _transformed(points: Points) -> Array:
@@ -104,16 +93,22 @@ def _by_rank(points: Points) -> list[np.ndarray]:
 
 
 def _at_common_data(a: Points, b: Points) -> tuple[Points, Points] | None:
-    """Each size at the largest data size that both have there; None where their sizes or data have no counterpart."""
+    """Each size at the largest data size that both have there; None where their sizes have no counterpart.
+
+    Where every size has a single one in either arm, as where data grow with the models, sizes are paired as they are.
+    """
     ranks = list(zip(_by_rank(a), _by_rank(b), strict=False))
     if not ranks or len(np.unique(a.n)) != len(np.unique(b.n)):
         return None
-    kept = []
+    levels = data_levels(np.nan_to_num(np.concatenate([a.d, b.d])))
+    of_a, of_b = levels[: len(a)], levels[len(a) :]
+    grows = len(set(of_a)) == len(set(of_b)) == len(ranks)
+    kept: list[list[np.ndarray]] = []
     for i, j in ranks:
-        common = np.intersect1d(np.nan_to_num(a.d[i]), np.nan_to_num(b.d[j]))
-        if not len(common):
+        common = set(of_a[i]) & set(of_b[j])
+        if not common and not (grows and len(set(of_a[i])) == len(set(of_b[j])) == 1):
             return None
-        kept.append([k[np.nan_to_num(p.d[k]) == common.max()] for p, k in ((a, i), (b, j))])
+        kept.append([i[of_a[i] == max(common)], j[of_b[j] == max(common)]] if common else [i, j])
     sides = [np.sort(np.concatenate(side)) for side in zip(*kept, strict=True)]
     return a.take(sides[0]), b.take(sides[1])
 
@@ -210,9 +205,16 @@ def _freedom(known: float, estimated: float, dof: float) -> float:
     return (known + estimated) ** 2 / (estimated**2 / dof) if estimated > 0 and np.isfinite(dof) else float("inf")
 
 
-def _seeds_alone(noise: SeedNoise, pair: _Pair) -> float:
-    """Variance of a difference at one size by what seeds do to any group of this metric."""
-    return noise.variance * (1 / len(pair.a) + 1 / len(pair.b))
+def _seeds_alone(noises: Noises, fits: Sequence[Fit | None], pair: _Pair) -> tuple[float, float] | None:
+    """(standard error, dof) of a difference at one size by what seeds do to the arms that have no law to say so."""
+    sides = zip(noises, fits, (pair.a, pair.b), strict=True)
+    parts = [(noise, noise.variance / len(at)) for noise, fit, at in sides if fit is None and noise is not None]
+    total = sum(variance for _, variance in parts)
+    if not total:
+        return None
+    if len({id(noise) for noise, _ in parts}) == 1:
+        return float(np.sqrt(total)), float(parts[0][0].dof)
+    return float(np.sqrt(total)), total**2 / sum(variance**2 / noise.dof for noise, variance in parts)
 
 
 def contrast(
@@ -223,20 +225,22 @@ def contrast(
     at: str,
     level: float,
     own_protocols: bool = False,
-    noise: SeedNoise | None = None,
+    noises: Noises = (None, None),
 ) -> Contrast | None:
     """The difference a - b `at` the "smallest", "largest" or "all" sizes; None where they cannot be paired.
 
-    One size: an interval from run-to-run and evaluation noise; where neither law nor own replicates say what another
-    seed would give, `noise`, pooled over like groups, is the least. All sizes: Student's t over the paired
-    differences.
+    One size: an interval from run-to-run and evaluation noise; where neither an arm's law nor the pair's own
+    replicates say what another seed would give, `noises` of the two, pooled over like groups, are the least. All
+    sizes: Student's t over the paired differences.
+
     `own_protocols` also admits values of one unit that were measured under a protocol of each arm's own.
     """
-    if not (comparable(a, b) or (own_protocols and a.metric == b.metric and a.unit == b.unit)):
-        return None
-    if (both := _at_common_data(a, b)) is None:
+    both = _at_common_data(a, b) if a.metric == b.metric and a.unit == b.unit else None
+    if both is None:
         return None
     a, b = both
+    if not (own_protocols or comparable(a, b)):
+        return None
     ranks_a, ranks_b = _by_rank(a), _by_rank(b)
     pairs = [_pair(a, b, i, j) for i, j in zip(ranks_a, ranks_b, strict=True)]
     between, fits = _between_seeds(pairs), (fit_a, fit_b)
@@ -252,9 +256,9 @@ def contrast(
         error = float(differences.std(ddof=1) / np.sqrt(len(differences)))
     else:
         effect, error, dof, apart, by = sizes[0]
-        unknown = between is None and fit_a is None and fit_b is None
-        if noise is not None and unknown and (seeds := _seeds_alone(noise, chosen[0])) > error**2:
-            error, dof, apart, by = float(np.sqrt(seeds)), float(noise.dof), None, ()
+        seeds = _seeds_alone(noises, fits, chosen[0]) if between is None else None
+        if seeds is not None and two_sided(level, seeds[1]) * seeds[0] > two_sided(level, dof) * error:
+            (error, dof), apart, by = seeds, None, ()
         if error == 0.0:
             return None
     half = two_sided(level, dof) * error
@@ -263,86 +267,6 @@ def contrast(
         a.metric, a.name, b.name, at, effect, effect - half, effect + half, len(chosen), rows,
         tuple(by), error, apart, detectable(error, dof, level),
     )  # fmt: skip
-
-
-def draw(fit: Fit, count: int, rng: np.random.Generator) -> Array:
-    """Parameter vectors (count, p) from the fit's multivariate t, kept inside the law's bounds."""
-    # By eigenvalues: where a parameter is hardly held, rounding leaves the matrix short of what Cholesky demands.
-    values, vectors = np.linalg.eigh(fit.covariance)
-    root = vectors * np.sqrt(np.clip(values, 0.0, None))
-    scale = np.sqrt(fit.within[1] / rng.chisquare(fit.within[1], size=(count, 1)))
-    low, high = fit.law.bounds()
-    return np.clip(fit.theta + scale * (rng.standard_normal((count, len(fit.theta))) @ root.T), low, high)
-
-
-def _curves(fit: Fit, thetas: Array, x: Array) -> Array:
-    return fit.law.evaluate(thetas, fit.coordinates(**{fit.law.axes[0]: x}))[0] * fit.scale
-
-
-def _first_crossing(difference: Array, x: Array) -> Array:
-    """Where each row of `difference` (B, n) first changes sign along x; NaN where it does not."""
-    change = difference[:, :-1] * difference[:, 1:] < 0
-    where = np.argmax(change, axis=1)
-    rows = np.arange(len(difference))
-    d0, d1 = difference[rows, where], difference[rows, where + 1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.where(change.any(1), d0 / (d0 - d1), np.nan)
-    return np.exp(np.log(x[where]) + share * (np.log(x[where + 1]) - np.log(x[where])))
-
-
-def crossing(a: Fit, b: Fit, level: float, rng: np.random.Generator) -> dict[str, Any] | None:
-    """Where the laws of two arms meet along their common axis: point, interval, and how often they meet at all.
-
-    None for unlike units or axes. The interval is over the draws that meet within REACH decades of the data.
-    """
-    if not comparable(a.points, b.points) or a.law.axes != b.law.axes or a.law.axes[1:]:
-        return None
-    axis = a.law.axes[0]
-    values = np.concatenate([a.points.axis(axis), b.points.axis(axis)])
-    x = np.geomspace(values.min() / 10**REACH, values.max() * 10**REACH, GRID)
-    best = _first_crossing(_curves(a, a.theta[None], x) - _curves(b, b.theta[None], x), x)[0]
-    met = _first_crossing(_curves(a, draw(a, DRAWS, rng), x) - _curves(b, draw(b, DRAWS, rng), x), x)
-    share = float(np.isfinite(met).mean())
-    tail = 50 * (1 - level)
-    found = met[np.isfinite(met)]
-    bounds = [float(v) for v in np.percentile(found, [tail, 100 - tail])] if share > 0.5 else None
-    return {
-        "metric": a.points.metric, "unit": a.points.unit, "a": a.points.name, "b": b.points.name, "axis": axis,
-        "at": float(best) if np.isfinite(best) else None, "interval": bounds, "share_of_draws": share,
-        "inside_data": bool(np.isfinite(best) and values.min() <= best <= values.max()),
-        **crossings_by_seed(a, b, x, level),
-    }  # fmt: skip
-
-
-def crossings_by_seed(a: Fit, b: Fit, x: Array, level: float) -> dict[str, Any]:
-    """Where the laws of each common seed meet, whose runs saw the same data in the same order, and their mean in log x.
-
-    The interval is Student's t over the seeds, from three on that meet.
-    """
-    found = {}
-    for seed in (s for s in a.by_seed if s in b.by_seed):
-        first, second = (_curves(f, f.theta[None], x) for f in (a.by_seed[seed], b.by_seed[seed]))
-        found[seed] = float(_first_crossing(first - second, x)[0])
-    met = np.log([v for v in found.values() if np.isfinite(v)])
-    if len(met) < 3:
-        return {"by_seed": found, "paired_interval": None}
-    half = two_sided(level, len(met) - 1) * float(met.std(ddof=1)) / np.sqrt(len(met))
-    return {"by_seed": found, "paired_interval": [float(np.exp(met.mean() + s * half)) for s in (-1, 1)]}
-
-
-def chance_of_best(fits: Sequence[Fit], places: Array, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """At each place along the fits' common axis: the probability that each arm's law is the best of all."""
-    values = np.stack([_curves(f, draw(f, DRAWS, rng), places) for f in fits])
-    best = values.argmax(0) if fits[0].points.kind == "score" else values.argmin(0)
-    top = max(float(f.points.axis(f.law.axes[0]).max()) for f in fits)
-    return [
-        {
-            "metric": fits[0].points.metric, "unit": fits[0].points.unit, "axis": fits[0].law.axes[0], "at": float(x),
-            "decades": max(0.0, float(np.log10(x / top))),
-            "chance": {f.points.name: float((best[:, i] == k).mean()) for k, f in enumerate(fits)},
-        }
-        for i, x in enumerate(places)
-    ]  # fmt: skip
 
 
 def by_unit(fits: Sequence[Fit]) -> list[list[Fit]]:
@@ -376,7 +300,8 @@ def comparisons(points: Sequence[Points], fits: Sequence[Fit], level: float) -> 
         fit_a, fit_b = (law_of.get((p.metric, p.name)) for p in (a, b))
         # Of a single size the smallest is the largest.
         for at in ("smallest", "largest", "all") if len(np.unique(a.n)) > 1 else ("largest",):
-            found = contrast(a, b, fit_a, fit_b, at, level, noise=noise_of[a.metric, a.name])
+            both = noise_of[a.metric, a.name], noise_of[b.metric, b.name]
+            found = contrast(a, b, fit_a, fit_b, at, level, noises=both)
             if found is not None:
                 contrasts.append(found.__dict__ | {"sign": found.sign})
     headline = [f for f in one_axis if not f.points.metric.startswith("geneval_")]

@@ -14,6 +14,17 @@ from analysis.images import aligned, paired_errors
 from analysis.laws import Array
 from analysis.table import InvalidTable, Table, kind_of, numbers
 
+# Data sizes closer than this are one, as where batches of two kinds do not divide them alike.
+SAME_DATA = 1e-3
+
+
+def data_levels(d: Array) -> np.ndarray:
+    """The number of each value's data size, ascending from 0; values within SAME_DATA of the next are of one size."""
+    order = np.argsort(d, kind="stable")
+    level = np.zeros(len(d), dtype=int)
+    level[order[1:]] = np.cumsum(np.diff(d[order]) > SAME_DATA * d[order][1:])
+    return level
+
 
 @dataclass(frozen=True)
 class Points:
@@ -72,11 +83,12 @@ class Points:
         """
         if not np.isfinite(self.d).all() or not np.isfinite(self.n).all():
             return self
-        data = [set(self.d[self.n == size].tolist()) for size in np.unique(self.n)]
-        most = np.full(len(self), max(set.intersection(*data), default=0.0)) if data else np.zeros(0)
-        for size in np.unique(self.n) if not most.any() else ():
-            most[self.n == size] = self.d[self.n == size].max()
-        top = np.abs(self.d - most) <= most * 1e-9
+        level, sizes = data_levels(self.d), [self.n == size for size in np.unique(self.n)]
+        shared = set.intersection(*(set(level[here].tolist()) for here in sizes)) if sizes else set()
+        most = np.full(len(self), max(shared, default=0))
+        for here in sizes if not shared else ():
+            most[here] = level[here].max()
+        top = level == most
         return self if top.all() else self.take(top)
 
     @cached_property
@@ -280,3 +292,14 @@ def select(
         ceiling=_constant(rows, "geneval_ceiling") if kind == "score" and metric == "geneval" else None,
     )
     return points, excluded
+
+
+def comparable(a: Points, b: Points) -> bool:
+    """Whether two groups' values may be subtracted: same metric, unit and protocol.
+
+    A likelihood is per image: it is also compared across the orders of one tokenizer, whose protocols name the order.
+    """
+    if a.metric != b.metric or a.unit != b.unit:
+        return False
+    kinds = (a.group.get("token_kind"), b.group.get("token_kind"))
+    return a.protocol == b.protocol or (a.kind == "signed" and kinds[0] is not None and kinds[0] == kinds[1])

@@ -69,7 +69,9 @@ def _restored(base: Fit, table: Table) -> Iterator[Variant]:
     back = suited(base.law, found)
     count = int(np.isin(back.rows, left["_row"]).sum())
     if count:
-        yield f"with {count} unfinished runs", back, base.objective, "what was left out for its status, put back"
+        moved = "" if set(back.d) == set(points.d) else ", which changes the data sizes that all models have"
+        reason = f"what was left out for its status, put back{moved}"
+        yield f"with {count} unfinished runs", back, base.objective, reason
 
 
 def _variants(base: Fit, table: Table) -> Iterator[Variant]:

@@ -43,8 +43,9 @@ class Evidence:
         if left not in self.points or right not in self.points:
             return None
         a_points, b_points = self.points[left], self.points[right]
-        laws, noise = (self.laws.get(left), self.laws.get(right)), self.seeds[metric, a_points.name]
-        return contrast(a_points, b_points, *laws, at, self.level, own_protocols=metric == "val_loss", noise=noise)
+        fit_a, fit_b = self.laws.get(left), self.laws.get(right)
+        seeds = self.seeds[metric, a_points.name], self.seeds[metric, b_points.name]
+        return contrast(a_points, b_points, fit_a, fit_b, at, self.level, metric == "val_loss", seeds)
 
     @cached_property
     def seeds(self) -> dict[tuple[str, str], SeedNoise | None]:

@@ -126,6 +126,8 @@ def _check(profile: Profile, where: str) -> None:
             raise InvalidInput(unknown_key(cause, RETRIED, f"{where}: restarts"))
         if not isinstance(times, int) or times < 0:
             raise InvalidInput(f"{where}: restarts: {cause}: expected a count, got {times!r}")
+    if profile.runs_per_device < 1:
+        raise InvalidInput(f"{where}: runs_per_device: expected at least 1, got {profile.runs_per_device}")
     _ = profile.evaluating
 
 

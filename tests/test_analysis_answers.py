@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from analysis.answers import FILE, Answers, beside, of_metric, paired
-from analysis.compare import contrast, crossings_by_seed
+from analysis.compare import contrast
+from analysis.crossings import crossings_by_seed
 from analysis.fit import fit
 from analysis.laws import law
 from analysis.points import Points, select

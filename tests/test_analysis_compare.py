@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from analysis.allocation import allocation, cost_law, optimum
-from analysis.compare import chance_of_best, comparisons, contrast, crossing, draw
+from analysis.compare import comparisons, contrast
+from analysis.crossings import chance_of_best, crossing, draw
 from analysis.fit import Fit, fit
 from analysis.isoflop import budgets, parabola, profiles
 from analysis.laws import law
@@ -138,13 +139,13 @@ def test_a_direction_that_the_data_hardly_hold_can_still_be_drawn() -> None:
     assert np.allclose(drawn, drawn[:, :1], atol=1e-8) and 5e-4 < drawn[:, 0].std() < 3e-3
 
 
-def variants(rng: np.random.Generator, spread: float = 0.05) -> list[Points]:
-    """Four settings of one arm that do not differ, at one size, two seeds each, measured far more exactly than that."""
+def variants(rng: np.random.Generator, spread: float) -> list[Points]:
+    """Four settings of one arm that do not differ, at one size, two seeds each; evaluations err by .002."""
     alike = chinchilla_points(np.full(2, 1e6), np.full(2, 1e9), 0.0, rng)
     return [
         replace(
             alike,
-            y=np.exp(spread * rng.normal(size=2)),
+            y=np.exp(spread * rng.normal(size=2) + 0.002 * rng.normal(size=2)),
             se=np.full(2, 0.002),
             seed=np.array(["0", "1"]),
             cluster=np.array([f"{k}-0", f"{k}-1"]),
@@ -154,12 +155,13 @@ def variants(rng: np.random.Generator, spread: float = 0.05) -> list[Points]:
     ]
 
 
-def test_without_a_law_other_seeds_are_in_the_interval_of_a_difference() -> None:
+@pytest.mark.parametrize("spread", [0.05, 0.002])
+def test_without_a_law_other_seeds_are_in_the_interval_of_a_difference(spread: float) -> None:
     """At one size no law says what another seed would give: replicates pooled over the arm's variants do."""
     rng = np.random.default_rng(0)
-    found = [c for _ in range(100) for c in comparisons(variants(rng), [], 0.95)["contrasts"] if c["at"] == "largest"]
+    found = [c for _ in range(100) for c in comparisons(variants(rng, spread), [], 0.95)["contrasts"]]
     covered = np.mean([c["low"] <= 0 <= c["high"] for c in found])
-    assert len(found) == 600 and 0.92 < covered < 0.98
+    assert len(found) == 600 and 0.92 < covered < 0.985
 
 
 def test_only_equal_data_sizes_are_compared() -> None:
@@ -169,7 +171,30 @@ def test_only_equal_data_sizes_are_compared() -> None:
     begun = replace(whole.take(np.arange(3)), group={"arm": "begun"}, y=whole.y[:3] * 1.1)
     found = contrast(replace(whole, se=whole.y * 0.01), replace(begun, se=begun.y * 0.01), None, None, "largest", 0.95)
     assert found is not None and found.rows == (2, 2) and found.effect == pytest.approx(-np.log(1.1))
-    assert contrast(whole, replace(begun, d=begun.d * 3), None, None, "largest", 0.95) is None
+    other = replace(begun, d=begun.d * 3, se=begun.y * 0.01)
+    assert contrast(replace(whole, se=whole.y * 0.01), other, None, None, "largest", 0.95) is None
+
+
+def test_arms_whose_data_grow_with_their_models_are_paired_size_by_size() -> None:
+    """Tokens at twenty a parameter: arms of slightly different parameters have no data size in common."""
+    n = np.array([1e6, 1e7, 1e8])
+    a = chinchilla_points(n, 20 * n, 0.0, np.random.default_rng(0))
+    a = replace(a, se=a.y * 0.01)
+    found = contrast(a, replace(a, n=a.n * 1.02, d=a.d * 1.02, y=a.y * 1.1), None, None, "largest", 0.95)
+    assert found is not None and found.effect == pytest.approx(-np.log(1.1)) and found.rows == (2, 2)
+
+
+def test_the_order_of_two_arms_does_not_change_their_interval() -> None:
+    """Each arm brings the noise of its own seeds."""
+    rng = np.random.default_rng(0)
+    calm, wild = variants(rng, 0.01), variants(rng, 0.1)
+    wild = [replace(p, group={**p.group, "token_kind": "continuous"}) for p in wild]
+    there = [c for c in comparisons([*calm, *wild], [], 0.95)["contrasts"] if c["a"][:8] == "discrete" != c["b"][:8]]
+    back = {(c["a"], c["b"]): c for c in comparisons([*wild, *calm], [], 0.95)["contrasts"]}
+    assert len(there) == 16
+    for c in there:
+        turned = back[c["b"], c["a"]]
+        assert (turned["low"], turned["high"]) == pytest.approx((-c["high"], -c["low"]))
 
 
 def test_a_ladder_is_taken_at_the_largest_data_that_all_its_sizes_have() -> None:

@@ -86,6 +86,12 @@ def test_a_gpu_is_used_without_being_asked_and_left_alone_when_hidden(driver, mo
         choose("local", "cuda")
 
 
+def test_no_run_at_all_on_a_device_is_refused(driver, tmp_path):
+    (tmp_path / "own.yaml").write_text("cuda: {runs_per_device: 0}\n")
+    with pytest.raises(InvalidInput, match=r"cuda: runs_per_device: expected at least 1, got 0"):
+        choose("local", None, tmp_path / "own.yaml")
+
+
 def test_a_driver_that_does_not_answer_is_no_gpu(driver):
     driver.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     assert choose("local", None).profile.name in ("cpu", "mps")

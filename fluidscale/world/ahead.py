@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -61,7 +64,17 @@ class Drawers:
 
 
 def _start(spec: WorldSpec) -> None:
+    # The parent decides what an interrupt means, and nobody may tell these that it was killed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _WORLDS.append(World(spec))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _drawn(draw: Callable[[World, Any], Drawn], item: Any) -> Drawn:
