@@ -279,12 +279,18 @@ def by_unit(fits: Sequence[Fit]) -> list[list[Fit]]:
 
 def noises(points: Sequence[Points]) -> dict[tuple[str, str], SeedNoise | None]:
     """What a seed does, by metric and group: to variants of one arm alike, else to the metric in any arm."""
+
+    def metric(p: Points) -> tuple[str, str]:
+        return p.metric, p.unit
+
+    def arm(p: Points) -> tuple[str | None, ...]:
+        return (*metric(p), p.group.get("token_kind"), p.group.get("order"))
+
     top = [p.largest_data() for p in points]
-    arms = pooled_by(top, lambda p: (p.metric, p.unit, p.group.get("token_kind"), p.group.get("order")))
-    metrics = pooled_by(top, lambda p: (p.metric, p.unit))
+    arms, metrics = pooled_by(top, arm), pooled_by(top, metric)
     found = {}
     for p in points:
-        known = (arms[p.metric, p.unit, p.group.get("token_kind"), p.group.get("order")], metrics[p.metric, p.unit])
+        known = (arms[arm(p)], metrics[metric(p)])
         enough = (noise for noise in known if noise is not None and noise.dof >= FEW_REPLICATES)
         found[p.metric, p.name] = next(enough, None)
     return found
