@@ -189,8 +189,10 @@ class Worker:
             folder.set_status("stopped")
             raise
         except (Exception, SystemExit) as error:
+            if placement.processes > 1 and not is_full(error):
+                self._told_as_well(folder)
             if self.is_stopped():
-                # Lightning answers SIGTERM, and submitit a preemption, with a SystemExit.
+                # submitit answers a preemption with a SystemExit.
                 folder.set_status("stopped", error=None if self.stop() else self._budget.reason)
                 if isinstance(error, SystemExit):
                     raise
@@ -198,11 +200,17 @@ class Worker:
             if is_full(error):
                 # No next run would get any further; this one has said so, and is not to blame.
                 raise
-            if folder.status.get("state") != "failed":
+            if folder.status.get("state") not in ("failed", "stopped"):
                 fail(folder, error)
             if placement.processes > 1:
                 # The others wait for this process in the middle of a step: its end is theirs.
                 raise
+
+    def _told_as_well(self, folder: RunFolder) -> None:
+        """A run stops when the first of its processes is told to: the word to this one is then still on its way."""
+        deadline = time.monotonic() + STOP_SECONDS
+        while folder.status.get("state") == "stopped" and not self.is_stopped() and time.monotonic() < deadline:
+            time.sleep(_FOLLOW_SECONDS)
 
     def follow(self, trunk_id: str) -> None:
         """What the other processes of a placement do: each run together with the first, when that has begun it."""

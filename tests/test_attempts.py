@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import signal
+import threading
 import time
 
 import cheap_job
@@ -110,6 +112,29 @@ def work(planned, runs, **options):
     for trunk_id in queue.trunks:
         worker.train(trunk_id)
     return worker
+
+
+def test_a_run_that_stops_since_another_of_its_processes_was_told_first_has_not_failed(planned, tmp_path):
+    queue, stop = local.prepare(planned, tmp_path, "work", retry_failed=False), StopSignal()
+    run_dir = queue.run_dirs[0]
+    for each in queue.run_dirs:
+        write_json(each / "placement.json", {**(read_json(each / "placement.json") or {}), "devices": 2})
+
+    def told_late(_spec, path, _placement, _should_stop):
+        RunFolder(path).set_status("stopped", error="stopped at step 3")
+        threading.Timer(0.3, signal.raise_signal, (signal.SIGTERM,)).start()
+        raise RuntimeError("stopped at step 3")
+
+    worker = Worker(queue, stop, told_late)
+    try:
+        worker.train(next(iter(queue.trunks)))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    folder = RunFolder(run_dir)
+    assert worker.is_stopped() and folder.status["state"] == "stopped"
+    assert [life.end for life in attempts.read(folder)] == ["stopped"]
+    # No other run was begun: its processes would have waited for those that had heard.
+    assert not any(attempts.read(RunFolder(other)) for other in queue.run_dirs[1:])
 
 
 def test_a_budget_is_kept_to_while_it_lasts_and_the_sweep_goes_on_when_it_is_raised(planned, tmp_path, monkeypatch):

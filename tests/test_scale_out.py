@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -103,6 +105,28 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes_and_parts(tmp_pa
     assert loss_of(folder) == pytest.approx(loss_of(straight), rel=1e-5)
     assert weights(folder).keys() == weights(straight).keys()
     assert not newest.exists() and not previous.exists()
+
+
+def told_alone(spec, run_dir, placement):
+    """Trains; the last process is told to stop in the middle of its third step, where the others wait for it."""
+    told, steps = [], iter(range(1, 1_000_000))
+    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+
+    def should_stop():
+        if next(steps) == 3 and os.environ["RANK"] == "1":
+            signal.raise_signal(signal.SIGTERM)
+        return bool(told)
+
+    with pytest.raises(Stopped, match="step 3"):
+        run(spec, run_dir, placement, should_stop)
+    return len(told)
+
+
+def test_all_stop_after_the_step_in_which_one_process_was_told(tmp_path, tiny_spec):
+    spec = small(tiny_spec, "discrete-raster")
+    folder = tmp_path / spec.id
+    assert together(2, told_alone, spec, folder, dataclasses.replace(DDP, micro_batch=1)) == [0, 1]
+    assert RunFolder(folder).status["state"] == "stopped" and (folder / "ckpt" / "last.ckpt").exists()
 
 
 def test_a_checkpoint_of_the_other_form_is_refused_in_one_line(tmp_path, tiny_spec):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fluidscale.folder import RunFolder, trunk_checkpoint
 from fluidscale.record import Placement, write_atomic
@@ -98,6 +100,22 @@ class Monitor(AfterStep):
         self._losses = [loss if self._ranks.leads else loss * 0 for loss in state_dict["unwritten_losses"]]
         if state_dict["run_id"] == self._spec.id:
             self.seconds, self.steps_timed = state_dict["seconds"], state_dict["steps_timed"]
+
+
+class OwnSignal(Callback):
+    """Leaves SIGTERM to whom it belonged to before training.
+
+    Lightning's handler speaks to the other processes from wherever this one is in its step: told at different moments,
+    they wait for each other for ever. It also ends a step between two of its parts, before there is a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Only the main thread may, and only there has Lightning taken it.
+        if threading.current_thread() is threading.main_thread() and self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
 
 
 class Checkpoints(AfterStep):

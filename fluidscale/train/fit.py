@@ -20,7 +20,7 @@ from fluidscale.model.deferred import Fill, build_without_values
 from fluidscale.record import Placement, atomic, write_json
 from fluidscale.spec import InvalidInput, RunSpec
 from fluidscale.train.batches import Batches, share_of
-from fluidscale.train.callbacks import Checkpoints, Monitor
+from fluidscale.train.callbacks import Checkpoints, Monitor, OwnSignal
 from fluidscale.train.checkpoint import NEWEST, PREVIOUS, AtomicCheckpointIO, newest_loadable, remove
 from fluidscale.train.ema import EMA
 from fluidscale.train.module import FluidModule
@@ -58,7 +58,7 @@ def fit(
         **trainer_options(placement),
         accumulate_grad_batches=share.parts,
         max_steps=spec.train.steps,
-        callbacks=[ema, monitor, Checkpoints(spec, folder, trunk, placement, should_stop, ranks)],
+        callbacks=[OwnSignal(), ema, monitor, Checkpoints(spec, folder, trunk, placement, should_stop, ranks)],
         plugins=[AtomicCheckpointIO(), ranks.environment],
     )
     trainer.fit(module, train_dataloaders=Batches(spec, rows, start, share), ckpt_path=path, weights_only=True)

@@ -161,7 +161,7 @@ class MiniSlurm:
     def kill_node(self, node: str) -> None:
         """The node vanishes: its slurmd, its step daemons and every process of its jobs get SIGKILL."""
         self._daemons.pop(node).kill()
-        for pid in self._processes(f"SLURMD_NODENAME={node}"):
+        for pid in self.processes(SLURMD_NODENAME=node):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -175,9 +175,10 @@ class MiniSlurm:
         for name in reversed(list(self._daemons)):
             self._end(name)
 
-    def _processes(self, variable: str) -> list[int]:
-        """Processes of this cluster whose environment has `variable`."""
-        wanted = {variable.encode(), f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()}
+    def processes(self, **variables: str) -> list[int]:
+        """Processes of this cluster whose environment has all of `variables`."""
+        variables["SLURM_CONF"] = self.environment["SLURM_CONF"]
+        wanted = {f"{name}={value}".encode() for name, value in variables.items()}
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from slurm import attempts
 
 pytestmark = pytest.mark.cluster
 SIZES = {"50K": "ddp", "80K": "fsdp"}
-STEPS, BATCH = 40, 128
+STEPS, BATCH = 30, 64
 
 
 def resources(nodes: int, devices: int, micro_batch: int) -> str:
@@ -64,17 +66,29 @@ def started_again(run_dir: Path, starts: int) -> bool:
     return newest.stat().st_mtime > (run_dir / "log.txt").stat().st_mtime
 
 
-def in_training(launch: Launch, run_dirs: dict[str, Path], starts: int, command: tuple[str, ...]) -> None:
-    """Gives each task a command as soon as its run has been started so often and has a checkpoint to go on from."""
+def in_training(run_dirs: dict[str, Path], starts: int, happens: Callable[[str], object]) -> None:
+    """To each task as soon as its run has been started so often and has a checkpoint to go on from."""
     left = dict(run_dirs)
 
     def one_more() -> bool:
-        for task in [task for task, run_dir in left.items() if started_again(run_dir, starts)]:
-            assert not RunFolder(left.pop(task)).weights.exists(), f"{task} was trained before its fault"
-            launch.slurm.ask(*command, task)
+        for task, run_dir in list(left.items()):
+            folder = RunFolder(run_dir)
+            state = folder.status.get("state")
+            assert state != "failed" and not folder.weights.exists(), f"{task}, before its fault: {folder.status}"
+            if started_again(run_dir, starts):
+                del left[task]
+                happens(task)
         return not left
 
     eventually(one_more, f"all in training number {starts}")
+
+
+def requeued_with_a_late_word(launch: Launch, task: str, run_dir: Path) -> None:
+    """SLURM's word reaches the nodes one after the other; here, the last process some steps before the first."""
+    for pid in launch.slurm.processes(SLURM_JOB_ID=task, SLURM_PROCID="3"):
+        os.kill(pid, signal.SIGTERM)
+    eventually(lambda: RunFolder(run_dir).status.get("state") == "stopped", f"{task} stopped by its last process")
+    launch.slurm.ask("scontrol", "requeue", task)
 
 
 def test_four_processes_on_two_nodes_are_requeued_and_go_on_as_two_on_one(launch, fault):
@@ -82,8 +96,8 @@ def test_four_processes_on_two_nodes_are_requeued_and_go_on_as_two_on_one(launch
     launch("submit")
     trunks = {row["trunk_id"]: launch.runs / row["run_id"] for row in launch.states().values()}
     run_dirs = {task: trunks[trunk_id] for task, trunk_id in launch.trunks().items()}
-    in_training(launch, run_dirs, 1, ("scontrol", "requeue"))
-    in_training(launch, run_dirs, 2, ("scancel",))
+    in_training(run_dirs, 1, lambda task: requeued_with_a_late_word(launch, task, run_dirs[task]))
+    in_training(run_dirs, 2, lambda task: launch.slurm.ask("scancel", task))
     eventually(lambda: not launch.queue(), "all cancelled")
     assert {row["state"] for row in launch.states().values()} == {"stopped"}
     launch.resources.write_text(resources(nodes=1, devices=2, micro_batch=4))
@@ -108,7 +122,7 @@ def test_four_processes_on_two_nodes_are_requeued_and_go_on_as_two_on_one(launch
         )
     fault(
         "two nodes, two processes each (DDP and FSDP through srun), requeued, then cancelled and continued as one node",
-        then="all processes stop after the same step with a checkpoint; the next start takes it, wherever it is",
+        then="whichever hears it first, all processes stop after the same step; the next start goes on, wherever it is",
         repeated="0; those since the last checkpoint where SLURM kills the processes before their step ends",
         leaves="attempts of 4, 4 and 2 devices; losses of one undisturbed process, to rounding",
     )
