@@ -18,6 +18,7 @@ from analysis.fit import Fit
 from analysis.isoflop import profiles
 from analysis.laws import Law, law
 from analysis.links import ceiling_band, link
+from analysis.matched import matched
 from analysis.noise import pooled, seed_noise
 from analysis.points import Points
 from analysis.predictions import keep_record, register
@@ -172,6 +173,7 @@ def assemble(result: Study, predictions: Path | None, runs: Path, planned: Seque
         "links": _links(result, losses, refits),
         "ceilings": [row for p in scores for row in ceiling_band(p, lambda chosen, points: refits.of(chosen)(points))],
         **comparisons(result.sound, result.fits, choice.level),
+        "matched": matched(result.sound, result.fits, choice.level),
         "sensitivity": _sensitivities(result),
         "verdicts": verdicts(result.points, result.fits, choice.level),
         "learning_curves": learning_curves(result.table.frame, runs, result.table.columns.group),

@@ -296,9 +296,14 @@ def noises(points: Sequence[Points]) -> dict[tuple[str, str], SeedNoise | None]:
     return found
 
 
+def along_one_axis(fits: Sequence[Fit]) -> list[Fit]:
+    """Each arm's own law along N and along C."""
+    return [f for f in fits if len(f.law.axes) == 1 and f.law.name in ("power-floor", "compute", "logit")]
+
+
 def comparisons(points: Sequence[Points], fits: Sequence[Fit], level: float) -> dict[str, list[dict[str, Any]]]:
     """All contrasts, crossings (along N and C) and chances of being best that the table allows."""
-    one_axis = [f for f in fits if len(f.law.axes) == 1 and f.law.name in ("power-floor", "compute", "logit")]
+    one_axis = along_one_axis(fits)
     law_of = {(f.points.metric, f.points.name): f for f in one_axis if f.law.axes == ("n",)}
     noise_of = noises(points)
     contrasts, crossings, chances = [], [], []

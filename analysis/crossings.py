@@ -29,7 +29,8 @@ def draw(fit: Fit, count: int, rng: np.random.Generator) -> Array:
     return np.clip(fit.theta + scale * (rng.standard_normal((count, len(fit.theta))) @ root.T), low, high)
 
 
-def _curves(fit: Fit, thetas: Array, x: Array) -> Array:
+def curves(fit: Fit, thetas: Array, x: Array) -> Array:
+    """The law of each parameter vector (B, p) along its one axis: (B, n), in the metric's unit."""
     return fit.law.evaluate(thetas, fit.coordinates(**{fit.law.axes[0]: x}))[0] * fit.scale
 
 
@@ -54,8 +55,8 @@ def crossing(a: Fit, b: Fit, level: float, rng: np.random.Generator) -> dict[str
     axis = a.law.axes[0]
     values = np.concatenate([a.points.axis(axis), b.points.axis(axis)])
     x = np.geomspace(values.min() / 10**REACH, values.max() * 10**REACH, GRID)
-    best = _first_crossing(_curves(a, a.theta[None], x) - _curves(b, b.theta[None], x), x)[0]
-    met = _first_crossing(_curves(a, draw(a, DRAWS, rng), x) - _curves(b, draw(b, DRAWS, rng), x), x)
+    best = _first_crossing(curves(a, a.theta[None], x) - curves(b, b.theta[None], x), x)[0]
+    met = _first_crossing(curves(a, draw(a, DRAWS, rng), x) - curves(b, draw(b, DRAWS, rng), x), x)
     share = float(np.isfinite(met).mean())
     tail = 50 * (1 - level)
     found = met[np.isfinite(met)]
@@ -75,7 +76,7 @@ def crossings_by_seed(a: Fit, b: Fit, x: Array, level: float) -> dict[str, Any]:
     """
     found = {}
     for seed in (s for s in a.by_seed if s in b.by_seed):
-        first, second = (_curves(f, f.theta[None], x) for f in (a.by_seed[seed], b.by_seed[seed]))
+        first, second = (curves(f, f.theta[None], x) for f in (a.by_seed[seed], b.by_seed[seed]))
         found[seed] = float(_first_crossing(first - second, x)[0])
     met = np.log([v for v in found.values() if np.isfinite(v)])
     if len(met) < 3:
@@ -86,7 +87,7 @@ def crossings_by_seed(a: Fit, b: Fit, x: Array, level: float) -> dict[str, Any]:
 
 def chance_of_best(fits: Sequence[Fit], places: Array, rng: np.random.Generator) -> list[dict[str, Any]]:
     """At each place along the fits' common axis: the probability that each arm's law is the best of all."""
-    values = np.stack([_curves(f, draw(f, DRAWS, rng), places) for f in fits])
+    values = np.stack([curves(f, draw(f, DRAWS, rng), places) for f in fits])
     best = values.argmax(0) if fits[0].points.kind == "score" else values.argmin(0)
     top = max(float(f.points.axis(f.law.axes[0]).max()) for f in fits)
     return [

@@ -180,6 +180,22 @@ def contrasts(doc: Document) -> Listing:
     return Listing("Arm against arm", note, headers, rows)
 
 
+def matches(doc: Document) -> Listing:
+    rows = []
+    for m in doc.get("matched", []):
+        values = " and ".join(digits(v) for v in m["values"])
+        effects = [f"{digits(e[0])} {span(e[1:])}" if e else "–" for e in (m["effect"], m["net_effect"])]
+        rows.append((m["a"], m["b"], title_of(m["metric"]), m["matched"], short(m["at"]), values, *effects))
+    note = (
+        "Equal images: runs of the largest rung and data size that both have. Equal parameters (head and vocabulary "
+        "counted) and equal training FLOPs: law against law, at the most that both have measured. Scores: difference; "
+        "losses and distances: difference of logs. Net: a distance less its tokenizer's reconstruction floor, a score "
+        "as a share of its ceiling."
+    )
+    headers = ("a", "b", "metric", "equal", "at", "a and b", "a − b", "net of the tokenizers")
+    return Listing("Arms at equal images, parameters and compute", note, headers, rows)
+
+
 def compositions(doc: Document) -> Listing:
     rows = []
     for c in doc.get("composition", []):

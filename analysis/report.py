@@ -30,8 +30,8 @@ from analysis.document import write  # noqa: E402
 Document = dict[str, Any]
 LISTINGS = (
     "glance", "laws", "remarks", "choice", "rollouts", "calibration", "predictions", "crossings", "chances",
-    "contrasts", "compositions", "links", "ceilings", "allocations", "isoflops", "sensitivities", "noise", "runs",
-    "excluded",
+    "matches", "contrasts", "compositions", "links", "ceilings", "allocations", "isoflops", "sensitivities", "noise",
+    "runs", "excluded",
 )  # fmt: skip
 TEMPLATES = Path(__file__).parent / "templates"
 # a report has some twenty figures: more processes would only be started

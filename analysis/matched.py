@@ -1,0 +1,111 @@
+"""Arms matched in images, in parameters and in training FLOPs; as measured, and net of what their tokenizers set.
+
+One rung of the ladder is the same stack for every arm, but not the same size: a head and a vocabulary count, and a step
+costs more where a token is denoised. So each pair is compared three times: on its largest common rung and data size
+(runs against runs), at the most parameters and at the most FLOPs that both have measured (law against law). A tokenizer
+bounds what a model can reach: net, a distance has its reconstruction floor subtracted and a score is a share of its
+ceiling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from analysis.compare import Contrast, Noises, along_one_axis, by_unit, contrast, noises
+from analysis.crossings import DRAWS, curves, draw
+from analysis.fit import Fit
+from analysis.laws import Array
+from analysis.points import Points, comparable
+
+# What a pair may have in common beside the rung, by the axis of the laws that are asked.
+MATCHED = {"n": "parameters", "c": "training FLOPs"}
+
+
+def _net(values: Array, points: Points) -> Array | None:
+    """Values without what the arm's tokenizer sets; None where that is not measured."""
+    if points.kind == "distance" and points.floor is not None:
+        return values - points.floor
+    if points.kind == "score" and points.ceiling:
+        return values / points.ceiling
+    return None
+
+
+def _difference(a: Array | None, b: Array | None, kind: str, level: float) -> list[float] | None:
+    """[effect, low, high] from the values at the fits (first) and at draws of them (rest), in a contrast's scale."""
+    if a is None or b is None:
+        return None
+    if kind not in ("score", "signed"):
+        if min(a[0], b[0]) <= 0:
+            return None
+        with np.errstate(invalid="ignore", divide="ignore"):
+            a, b = np.log(np.where(a > 0, a, np.nan)), np.log(np.where(b > 0, b, np.nan))
+    tail, drawn = 50 * (1 - level), (a - b)[1:]
+    bounds = np.nanpercentile(drawn, [tail, 100 - tail]) if len(drawn) else ()
+    return [float((a - b)[0]), *(float(v) for v in bounds)]
+
+
+def matched_laws(a: Fit, b: Fit, level: float, rng: np.random.Generator) -> dict[str, Any] | None:
+    """Two laws along one axis where both arms have been measured farthest; None for unlike units or axes."""
+    if not comparable(a.points, b.points) or a.law.axes != b.law.axes:
+        return None
+    axis = a.law.axes[0]
+    at = np.array([min(float(f.points.axis(axis).max()) for f in (a, b))])
+    of_a, of_b = (curves(f, np.vstack([f.theta, draw(f, DRAWS, rng)]), at)[:, 0] for f in (a, b))
+    kind, nets = a.points.kind, (_net(of_a, a.points), _net(of_b, b.points))
+    return {
+        "metric": a.points.metric, "a": a.points.name, "b": b.points.name, "matched": MATCHED[axis],
+        "at": float(at[0]), "values": [float(of_a[0]), float(of_b[0])],
+        "effect": _difference(of_a, of_b, kind, level), "net_effect": _difference(*nets, kind, level),
+    }  # fmt: skip
+
+
+def _net_of_runs(found: Contrast, sides: Sequence[Points]) -> list[float] | None:
+    """A contrast net of the tokenizers. Its half-width is stretched as the more bounded of the two arms is."""
+    values = [np.array([p.y.mean()]) for p in sides]
+    nets = [n for v, p in zip(values, sides, strict=True) if (n := _net(v, p)) is not None]
+    effect = _difference(nets[0], nets[1], sides[0].kind, 0.0) if len(nets) == 2 else None
+    if effect is None:
+        return None
+    if sides[0].kind == "score":
+        stretch = 1 / min(p.ceiling or 1.0 for p in sides)
+    else:
+        # d log(y - floor) / d log y
+        stretch = max(float(v[0] / n[0]) for v, n in zip(values, nets, strict=True))
+    half = stretch * (found.high - found.low) / 2
+    return [effect[0], effect[0] - half, effect[0] + half]
+
+
+def matched_runs(
+    a: Points, b: Points, fits: tuple[Fit | None, Fit | None], seeds: Noises, level: float
+) -> dict[str, Any] | None:
+    """The runs of the largest rung and data size that both arms have; None where they cannot be paired."""
+    found = contrast(a, b, fits[0], fits[1], "largest", level, noises=seeds)
+    if found is None:
+        return None
+    sides = [p.take(np.isin(p.rows, found.rows)) for p in (a, b)]
+    return {
+        "metric": a.metric, "a": a.name, "b": b.name, "matched": "images", "at": float(sides[0].d.max()),
+        "values": [float(p.y.mean()) for p in sides], "effect": [found.effect, found.low, found.high],
+        "net_effect": _net_of_runs(found, sides),
+    }  # fmt: skip
+
+
+def matched(points: Sequence[Points], fits: Sequence[Fit], level: float) -> list[dict[str, Any]]:
+    """Every pair of arms of one unit on its three footings; parts of a score are left to the contrasts."""
+    whole = [p for p in points if not p.metric.startswith("geneval_")]
+    laws = [f for f in along_one_axis(fits) if not f.points.metric.startswith("geneval_")]
+    law_of = {(f.points.metric, f.points.name): f for f in laws if f.law.axes == ("n",)}
+    noise_of, rows = noises(points), []
+    for a, b in combinations(whole, 2):
+        keys = ((a.metric, a.name), (b.metric, b.name))
+        both, seeds = (law_of.get(keys[0]), law_of.get(keys[1])), (noise_of[keys[0]], noise_of[keys[1]])
+        rows.append(matched_runs(a, b, both, seeds, level))
+    for axis in MATCHED:
+        for members in by_unit([f for f in laws if f.law.axes == (axis,)]):
+            rng = np.random.default_rng(0)
+            rows += [matched_laws(a, b, level, rng) for a, b in combinations(members, 2)]
+    return sorted((r for r in rows if r), key=lambda r: (r["metric"], r["a"], r["b"]))
