@@ -21,6 +21,7 @@ from analysis.images import aligned, paired_error
 from analysis.laws import Array
 from analysis.noise import FEW_REPLICATES, SeedNoise, pooled_by
 from analysis.points import Points, comparable, data_levels
+from analysis.table import AXES
 
 # the usual power of a planned comparison (Cohen 1988, Statistical Power Analysis, 2.4)
 POWER = 0.8
@@ -297,14 +298,20 @@ def noises(points: Sequence[Points]) -> dict[tuple[str, str], SeedNoise | None]:
 
 
 def along_one_axis(fits: Sequence[Fit]) -> list[Fit]:
-    """Each arm's own law along N and along C."""
+    """Each arm's own law along N and along C, or along D of a ladder of data sizes."""
     return [f for f in fits if len(f.law.axes) == 1 and f.law.name in ("power-floor", "compute", "logit")]
 
 
+def along_ladder(fits: Sequence[Fit]) -> dict[tuple[str, str], Fit]:
+    """By metric and arm, the law that says how runs scatter: along N, or along D of a ladder of data sizes."""
+    own = [f for f in fits if f.law.axes == (("d",) if f.points.is_data_ladder else ("n",))]
+    return {(f.points.metric, f.points.name): f for f in own}
+
+
 def comparisons(points: Sequence[Points], fits: Sequence[Fit], level: float) -> dict[str, list[dict[str, Any]]]:
-    """All contrasts, crossings (along N and C) and chances of being best that the table allows."""
+    """All contrasts, crossings (along N, C or D) and chances of being best that the table allows."""
     one_axis = along_one_axis(fits)
-    law_of = {(f.points.metric, f.points.name): f for f in one_axis if f.law.axes == ("n",)}
+    law_of = along_ladder(one_axis)
     noise_of = noises(points)
     contrasts, crossings, chances = [], [], []
     for a, b in combinations(points, 2):
@@ -316,7 +323,7 @@ def comparisons(points: Sequence[Points], fits: Sequence[Fit], level: float) -> 
             if found is not None:
                 contrasts.append(found.__dict__ | {"sign": found.sign})
     headline = [f for f in one_axis if not f.points.metric.startswith("geneval_")]
-    for axis in ("n", "c"):
+    for axis in AXES:
         for members in by_unit([f for f in headline if f.law.axes == (axis,)]):
             rng = np.random.default_rng(0)
             crossings += [c for a, b in combinations(members, 2) if (c := crossing(a, b, level, rng))]

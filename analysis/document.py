@@ -157,7 +157,7 @@ def measurement(points: Points, sizes: dict[int, str]) -> dict[str, Any]:
         "protocol": points.protocol, "floor": points.floor, "real_floor": points.real_floor, "ceiling": points.ceiling,
         "row": points.rows, "n": points.n, "d": points.d, "c": points.c, "y": points.y, "se": points.se,
         "size": [sizes.get(int(r), "") for r in points.rows],
-        "largest": np.isin(points.rows, points.largest_data().rows),
+        "largest": np.isin(points.rows, points.ladder().rows),
     }  # fmt: skip
 
 

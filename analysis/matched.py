@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.compare import Contrast, Noises, along_one_axis, by_unit, contrast, noises
+from analysis.compare import Contrast, Noises, along_ladder, along_one_axis, by_unit, contrast, noises
 from analysis.crossings import DRAWS, curves, draw
 from analysis.fit import Fit
 from analysis.laws import Array
@@ -98,7 +98,7 @@ def matched(points: Sequence[Points], fits: Sequence[Fit], level: float) -> list
     """Every pair of arms of one unit on its three footings; parts of a score are left to the contrasts."""
     whole = [p for p in points if not p.metric.startswith("geneval_")]
     laws = [f for f in along_one_axis(fits) if not f.points.metric.startswith("geneval_")]
-    law_of = {(f.points.metric, f.points.name): f for f in laws if f.law.axes == ("n",)}
+    law_of = along_ladder(laws)
     noise_of, rows = noises(points), []
     for a, b in combinations(whole, 2):
         keys = ((a.metric, a.name), (b.metric, b.name))

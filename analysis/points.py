@@ -92,8 +92,19 @@ class Points:
         return self if top.all() else self.take(top)
 
     @cached_property
+    def is_data_ladder(self) -> bool:
+        """Whether this is one model trained on several data sizes: its laws are then along D."""
+        return len(np.unique(self.n)) == 1 < len(np.unique(self.d)) and bool(np.isfinite([self.n, self.d]).all())
+
+    def ladder(self) -> Points:
+        """The rows that one-axis laws are judged on: the largest data size, or of a data ladder all measured alike."""
+        return self.alike() if self.is_data_ladder else self.largest_data()
+
+    @cached_property
     def rung_axis(self) -> str:
-        """The axis that orders the ladder: N, or C or D in a table that lacks it."""
+        """The axis that orders the ladder: N (D where there is one N), or C or D in a table that lacks it."""
+        if self.is_data_ladder:
+            return "d"
         return next((axis for axis in ("n", "c", "d") if np.isfinite(self.axis(axis)).all()), "n")
 
     @property

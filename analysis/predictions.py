@@ -44,7 +44,7 @@ def register(
     sizes = rungs(points)
     if len(sizes) < 2:
         return []
-    top = points.largest_data()
+    top = points.ladder()
     last = top.take(top.rung == sizes[-1])
     places = [{axis: float(last.axis(axis)[0]) for axis in AXES if np.isfinite(last.axis(axis)[0])}]
     jobs = [(points.take(points.rung < sizes[-1]), places)]

@@ -63,11 +63,13 @@ def _jobs(doc: Document) -> Iterator[Job]:
     metrics = [m for m in dict.fromkeys(m["metric"] for m in doc["measurements"]) if not m.startswith("geneval_")]
     for metric in metrics:
         title = words.capital(words.title_of(metric))
-        for axis in ("n", "c"):
+        data_ladder = figures.fits_of(doc, metric, "d")
+        for axis in ("d",) if data_ladder else ("n", "c"):
             caption = f"{title} against {figures.axis_name(doc, axis)}."
             yield Job(metric, f"{metric}-vs-{axis}", caption, partial(figures.metric_along, doc, metric, axis))
-        caption = f"{title} against {figures.axis_name(doc, 'd')}, a line a model size."
-        yield Job(metric, f"{metric}-vs-d", caption, partial(figures.along_data, doc, metric))
+        if not data_ladder:
+            caption = f"{title} against {figures.axis_name(doc, 'd')}, a line a model size."
+            yield Job(metric, f"{metric}-vs-d", caption, partial(figures.along_data, doc, metric))
     yield Job("tags", "score-tags", "Each tag of the score against parameters.", partial(figures.tags, doc))
     caption = "Metric against validation loss, one line an arm."
     yield Job("links", "loss-to-metric", caption, partial(diagnostics.links, doc))

@@ -45,7 +45,7 @@ def held_out(points: Points, fit: Fit, level: float) -> list[dict[str, Any]]:
 def rollout(points: Points, refit: Refit, level: float) -> list[dict[str, Any]]:
     """For each rung but the smallest ones: fit on all smaller rungs, predict that rung's largest data size."""
     sizes = rungs(points)
-    top = points.largest_data()
+    top = points.ladder()
     out = []
     for k in range(2, len(sizes)):
         below = points.take(points.rung < sizes[k])

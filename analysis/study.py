@@ -78,7 +78,16 @@ def fixed_floor(points: Points) -> tuple[float | None, list[Warned]]:
 
 
 def default_laws(points: Points) -> list[Law]:
-    """Over N and C on the largest data size, and the joint laws in (N, D); the tags of a score along one axis only."""
+    """Over N and C on the largest data size, and the joint laws in (N, D); the tags of a score along one axis only.
+
+    Over D alone where one model size was trained on several data sizes.
+    """
+    if points.is_data_ladder:
+        return [
+            law("logit", "d")
+            if points.kind == "score"
+            else law("power-floor", "d", signed_floor=points.kind == "signed")
+        ]
     if points.kind == "score":
         one_axis = [law("logit", "n"), law("logit", "c")]
         return one_axis if points.metric.startswith("geneval_") else [*one_axis, law("logit-joint")]

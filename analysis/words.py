@@ -58,7 +58,11 @@ def _headlines(doc: Document, metric: str) -> list[str]:
             silent.append(label_of(m["group"]))
             continue
         best = carried[0]
-        values = (f"{EXPONENTS[k]} {rounded(best['params'][k], best['half_widths'][k])}" for k in best["headline"])
+        # A law along one axis has one exponent, whatever the axis.
+        along = {"alpha": f"in {best['axes'][0].upper()}"} if len(best["axes"]) == 1 else {}
+        values = (
+            f"{(EXPONENTS | along)[k]} {rounded(best['params'][k], best['half_widths'][k])}" for k in best["headline"]
+        )
         out.append(f"{label_of(m['group'])} {', '.join(values)} ({best['law']})")
     lines = [f"Exponents of {title_of(metric)} that the data carry: {'; '.join(out)}."] if out else []
     if silent:

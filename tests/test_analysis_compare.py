@@ -12,7 +12,10 @@ from analysis.fit import Fit, fit
 from analysis.isoflop import budgets, parabola, profiles
 from analysis.laws import law
 from analysis.points import Points
+from analysis.predictions import register
+from analysis.rollout import rollout
 from analysis.simulate import CHINCHILLA, chinchilla_points, grid
+from analysis.study import Choice, default_laws, fit_one
 
 N = np.geomspace(1e6, 1e9, 8)
 
@@ -195,6 +198,34 @@ def test_the_order_of_two_arms_does_not_change_their_interval() -> None:
     for c in there:
         turned = back[c["b"], c["a"]]
         assert (turned["low"], turned["high"]) == pytest.approx((-c["high"], -c["low"]))
+
+
+def one_size(name: str, floor: float, amplitude: float, exponent: float, seed: int) -> Points:
+    d = np.geomspace(1e5, 1e8, 7)
+    points = chinchilla_points(np.full(7, 1e6), d, 0.0, np.random.default_rng(0))
+    y = (floor + amplitude * d**-exponent) * np.exp(0.002 * np.random.default_rng(seed).normal(size=7))
+    return replace(points, y=y, group={"arm": name}, units=np.full(7, "nats"))
+
+
+def test_one_model_on_several_data_sizes_has_laws_and_a_crossing_along_data() -> None:
+    arms = one_size("steep", 1.0, 2000.0, 0.6, 1), one_size("shallow", 1.0, 20.0, 0.25, 2)
+    meet = 100.0 ** (1 / 0.35)
+    assert all(p.is_data_ladder and p.rung_axis == "d" and len(p.ladder()) == 7 for p in arms)
+    fits = [fit_one(chosen, p, Choice()) for p in arms for chosen in default_laws(p)]
+    assert [f.law.axes for f in fits] == [("d",), ("d",)]
+    found = comparisons(arms, fits, 0.95)
+    (where,) = found["crossings"]
+    assert where["axis"] == "d" and where["inside_data"] and where["at"] == pytest.approx(meet, rel=0.2)
+    assert where["interval"][0] < meet < where["interval"][1]
+    assert [c["at"] for c in found["contrasts"]] == ["largest"] and found["contrasts"][0]["sign"] == -1
+    # Held out in turn, each larger data size is asked of the smaller ones.
+    entries = rollout(arms[0], lambda points: fit_one(law("power-floor", "d"), points, Choice()), 0.95)
+    assert [e["held_out"]["d"] for e in entries][-1] == 1e8 and entries[-1]["relative_error"] == pytest.approx(
+        0, abs=0.05
+    )
+    assert not register(arms[0].take(np.array([0])), lambda points: fits[0], 0.95)
+    (said,) = register(arms[0], lambda points: fits[0], 0.95)
+    assert said["target"]["d"] == 1e8
 
 
 def test_a_ladder_is_taken_at_the_largest_data_that_all_its_sizes_have() -> None:
