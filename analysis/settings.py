@@ -44,7 +44,8 @@ def varied(rows: pd.DataFrame, cell: Sequence[str]) -> list[str]:
 def splitting(frame: pd.DataFrame, group: Sequence[str], cell: Sequence[str]) -> list[str]:
     """The varied settings that cut every group into ladders: no group has more values than one of its cells.
 
-    A rate that follows the width has other values at each size: it leaves no ladder and is not among them.
+    A rate that follows the width has other values at each size: it leaves no ladder and is not among them. Nor is a
+    tokenizer's hash where what people call the tokenizers by (channels, codes) tells them apart as well.
     """
     out = []
     for name in varied(frame, [*group, *cell]):
@@ -53,4 +54,9 @@ def splitting(frame: pd.DataFrame, group: Sequence[str], cell: Sequence[str]) ->
         over = text.groupby([frame[c] for c in group], dropna=False).nunique().max() if group else text.nunique()
         if over <= within:
             out.append(name)
-    return out
+    words = [name for name in out if name != "tokenizer_sha"]
+    return words if words and _parts(frame, [*group, *words]) == _parts(frame, [*group, *out]) else out
+
+
+def _parts(frame: pd.DataFrame, columns: Sequence[str]) -> int:
+    return len(frame[list(columns)].astype(str).drop_duplicates())

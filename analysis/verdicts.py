@@ -302,7 +302,7 @@ CLAIMS: tuple[tuple[int, str, Callable[[Evidence], Judgement]], ...] = (
 
 
 def verdicts(points: Sequence[Points], fits: Sequence[Fit], level: float) -> list[dict[str, Any]]:
-    """Every claim with its verdict, effect, interval and rows; [] for tables without token_kind and order.
+    """Every claim with its verdict, effect, interval and rows; [] for a table that measures none of them.
 
     Groups of mixed settings, or that a further column tells apart, are not the claims' arms: nothing is measured.
     """
@@ -326,4 +326,4 @@ def verdicts(points: Sequence[Points], fits: Sequence[Fit], level: float) -> lis
             "detectable": found.detectable,
             "evidence": {"text": found.text or "no rows speak to it", "rows": sorted({int(r) for r in found.rows})},
         })  # fmt: skip
-    return out
+    return out if any(v["verdict"] != "not measured" for v in out) else []

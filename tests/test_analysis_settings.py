@@ -46,13 +46,20 @@ def test_a_rate_that_follows_the_width_is_never_pooled() -> None:
     assert all(p.mixed == ("lr",) for p in result.points) and result.sound == []
 
 
+def test_tokenizers_are_called_by_what_tells_them_apart_else_by_their_hash() -> None:
+    frame = twice("tokenizer_sha", ("5610af", "d469b4"))
+    assert prepare(frame, "", "frame").columns.group == ("token_kind", "order", "tokenizer_sha")
+    frame["model.token_channels"] = frame["tokenizer_sha"].map({"5610af": 4, "d469b4": 8})
+    assert prepare(frame, "", "frame").columns.group == ("token_kind", "order", "model.token_channels")
+
+
 def test_mixed_settings_are_shown_and_nothing_is_said_of_them(tmp_path: Path) -> None:
     rates_by_width().to_csv(tmp_path / "runs.csv", index=False)
     assert main([str(tmp_path / "runs.csv")]) == 0
     doc = json.loads((tmp_path / "laws.json").read_text())
     assert doc["fits"] == doc["contrasts"] == doc["doublings"] == doc["predictions"]["predictions"] == []
     assert len(doc["measurements"]) > 4 and "differ in lr" in doc["refused"][0]["message"]
-    assert {v["verdict"] for v in doc["verdicts"]} == {"not measured"}
+    assert doc["verdicts"] == []
     page = (tmp_path / "report/index.html").read_text()
     assert "MIXED_SETTINGS" in page and (tmp_path / "report/figures/val_loss-vs-n.png").is_file()
 
