@@ -5,8 +5,8 @@
 
 Takes each arm's longest run of its largest size and draws the prompts that are kept for choices (the evaluation prompts
 are not looked at). The best of a grid is chosen on the very images it is reported on, so beside it stands its lead over
-the recipe's own setting, paired by prompt, with 1.96 standard errors; of a dozen equal settings the best leads by about
-one and a half of its errors. Exit code 2 without such runs.
+the recipe's own setting, paired by prompt, with 1.96 standard errors; of a dozen equal settings the best leads by more than
+one of its standard errors. Exit code 2 without such runs.
 """
 
 from __future__ import annotations
