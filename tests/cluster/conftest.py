@@ -59,7 +59,7 @@ def sweep(tmp_path_factory):
 
 def pytest_collection_modifyitems(items):
     """What waits for the reference comes last: it is trained beside the others."""
-    items.sort(key=lambda item: "mirrored" in item.fixturenames)
+    items.sort(key=lambda item: not {"mirrored", "postgres"}.isdisjoint(item.fixturenames))
 
 
 @pytest.fixture(scope="session")
