@@ -291,9 +291,10 @@ def noises(points: Sequence[Points]) -> dict[tuple[str, str], SeedNoise | None]:
     arms, metrics = pooled_by(top, arm), pooled_by(top, metric)
     found = {}
     for p in points:
-        known = (arms[arm(p)], metrics[metric(p)])
-        enough = (noise for noise in known if noise is not None and noise.dof >= FEW_REPLICATES)
-        found[p.metric, p.name] = next(enough, None)
+        known = [noise for noise in (arms[arm(p)], metrics[metric(p)]) if noise is not None]
+        # A loose variance makes a wide interval; none at all, one that is too narrow.
+        enough = [noise for noise in known if noise.dof >= FEW_REPLICATES] or known[-1:]
+        found[p.metric, p.name] = enough[0] if enough else None
     return found
 
 

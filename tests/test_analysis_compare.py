@@ -167,6 +167,13 @@ def test_without_a_law_other_seeds_are_in_the_interval_of_a_difference(spread: f
     assert len(found) == 600 and 0.92 < covered < 0.985
 
 
+def test_two_settings_with_two_seeds_each_are_enough_to_be_honest() -> None:
+    """Two degrees of freedom make a wide interval, not none: the images' error alone would be ten times too narrow."""
+    rng = np.random.default_rng(0)
+    found = [comparisons(variants(rng, 0.05)[:2], [], 0.95)["contrasts"] for _ in range(400)]
+    assert 0.92 < np.mean([c["low"] <= 0 <= c["high"] for (c,) in found]) < 0.975
+
+
 def test_only_equal_data_sizes_are_compared() -> None:
     """A ladder half way through has its largest data in one arm only: what both have is compared."""
     d = np.array([1e9, 2e9, 1e9, 2e9])
