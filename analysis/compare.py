@@ -309,6 +309,14 @@ def along_ladder(fits: Sequence[Fit]) -> dict[tuple[str, str], Fit]:
     return {(f.points.metric, f.points.name): f for f in own}
 
 
+def _of_two_orders(fits: Sequence[Fit], level: float) -> list[dict[str, Any]]:
+    """Where the likelihoods of one token kind's two orders meet: each order has a protocol of its own."""
+    signed = [f for f in fits if f.points.kind == "signed"]
+    pairs = [(a, b) for a, b in combinations(signed, 2) if a.points.protocol != b.points.protocol]
+    rng = np.random.default_rng(0)
+    return [c for a, b in pairs if (c := crossing(a, b, level, rng))]
+
+
 def comparisons(points: Sequence[Points], fits: Sequence[Fit], level: float) -> dict[str, list[dict[str, Any]]]:
     """All contrasts, crossings (along N, C or D) and chances of being best that the table allows."""
     one_axis = along_one_axis(fits)
@@ -325,7 +333,9 @@ def comparisons(points: Sequence[Points], fits: Sequence[Fit], level: float) -> 
                 contrasts.append(found.__dict__ | {"sign": found.sign})
     headline = [f for f in one_axis if not f.points.metric.startswith("geneval_")]
     for axis in AXES:
-        for members in by_unit([f for f in headline if f.law.axes == (axis,)]):
+        along = [f for f in headline if f.law.axes == (axis,)]
+        crossings += _of_two_orders(along, level)
+        for members in by_unit(along):
             rng = np.random.default_rng(0)
             crossings += [c for a, b in combinations(members, 2) if (c := crossing(a, b, level, rng))]
             top = max(float(f.points.axis(axis).max()) for f in members)

@@ -235,6 +235,21 @@ def test_one_model_on_several_data_sizes_has_laws_and_a_crossing_along_data() ->
     assert said["target"]["d"] == 1e8
 
 
+def test_likelihoods_of_two_orders_may_meet_though_each_has_a_protocol_of_its_own() -> None:
+    arms = []
+    for order, points in zip(
+        ("random", "raster"), (one_size("a", 1.0, 2000.0, 0.6, 1), one_size("b", 1.0, 20.0, 0.25, 2)), strict=True
+    ):
+        group = {"token_kind": "discrete", "order": order}
+        arms.append(replace(points, kind="signed", metric="val_nll", group=group, protocols=np.full(7, f"nll-{order}")))
+    fits = [fit_one(chosen, p, Choice()) for p in arms for chosen in default_laws(p)]
+    (where,) = comparisons(arms, fits, 0.95)["crossings"]
+    assert where["at"] == pytest.approx(100.0 ** (1 / 0.35), rel=0.3)
+    other = replace(arms[1], group={"token_kind": "continuous", "order": "raster"})
+    fits = [fit_one(chosen, p, Choice()) for p in (arms[0], other) for chosen in default_laws(p)]
+    assert not comparisons([arms[0], other], fits, 0.95)["crossings"]
+
+
 def test_a_ladder_is_taken_at_the_largest_data_that_all_its_sizes_have() -> None:
     n, d = np.array([1e6, 1e6, 1e7, 1e7, 1e8]), np.array([1e9, 2e9, 1e9, 2e9, 1e9])
     points = chinchilla_points(n, d, 0.0, np.random.default_rng(0))
