@@ -45,6 +45,7 @@ _KEYS = (
     "by_token_kind",
     "by_order",
     "by_arm",
+    "by_size",
     "vary",
     "judges",
 )
@@ -134,6 +135,7 @@ def load_sweep(name: str, sizes: Sequence[str] | None = None, arms: Sequence[str
     plan = _extended(path)
     where = str(path)
     ladder = read_yaml(SWEEPS / "sizes.yaml")
+    _check_layers(plan, ladder, where)
     all_sizes, all_arms = _listed(plan, "sizes", ladder, where), _listed(plan, "arms", ARMS, where)
     only = {size: _listed(plan["only"], size, ARMS, f"{where}: only") for size in plan.get("only") or {}}
     kept_sizes = _filter(all_sizes, sizes, "SIZE", where)
@@ -187,6 +189,15 @@ def _listed(plan: dict[str, Any], key: str, known: Any, where: str) -> list[str]
     return [str(value) for value in values]
 
 
+def _check_layers(plan: dict[str, Any], ladder: dict[str, Any], where: str) -> None:
+    """A misspelt arm or size would be a layer that no run gets."""
+    kinds, orders = (dict.fromkeys(arm.split("-")[i] for arm in ARMS) for i in (0, 1))
+    for axis, known in (("token_kind", kinds), ("order", orders), ("arm", ARMS), ("size", ladder)):
+        for value in plan.get(f"by_{axis}") or {}:
+            if value not in known:
+                raise InvalidInput(unknown_key(str(value), known, f"{where}: by_{axis}"))
+
+
 def _filter(there: list[str], wanted: Sequence[str] | None, label: str, where: str) -> list[str]:
     if not wanted or list(wanted) == ["all"]:
         return there
@@ -234,7 +245,8 @@ def _runs(
         (plan.get(f"by_{axis}") or {}).get(value)
         for axis, value in (("token_kind", kind), ("order", order), ("arm", arm))
     ]
-    for layer in [*layers, {"model": row}, varied]:
+    # A sweep's own word on a size comes after the size's row.
+    for layer in [*layers, {"model": row}, (plan.get("by_size") or {}).get(size), varied]:
         resolved = _merged(resolved, layer or {})
     sizes_of_data = sorted(int(n) for n in plan.get("images", []))
     for images in sizes_of_data:

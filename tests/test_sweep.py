@@ -74,6 +74,13 @@ def test_each_size_may_have_seeds_of_its_own(tmp_path):
     assert sorted((run.size, run.seed) for run in runs) == [("50K", 0), ("50K", 1), ("50K", 2), ("80K", 0)]
 
 
+def test_a_size_may_differ_from_its_row(tmp_path):
+    body = "sizes: [50K, 80K]\narms: [discrete-raster]\nimages: [8192]\nby_size: {80K: {model: {num_heads: 3}}}\n"
+    runs = load_sweep(write(tmp_path, body)).runs
+    rows = {run.size: run.model.num_heads for run in load_sweep("local", sizes=["50K", "80K"]).runs}
+    assert {run.size: run.model.num_heads for run in runs} == {**rows, "80K": 3} != rows
+
+
 def test_more_seeds_keep_what_the_ladder_has_run():
     assert {run.id for run in load_sweep("local").runs} < {run.id for run in load_sweep("seeds").runs}
 
@@ -106,6 +113,11 @@ def test_the_rate_falls_with_width_where_a_width_is_named_for_it(tmp_path):
         ("sizes: [50K]\nimages: [128]\n", r"2 steps cannot hold 60 of warm-up"),
         (GOOD + "defaults: {data: {world: icons33}}\n", r"unknown key 'icons33'; did you mean 'icons32'"),
         (GOOD + "by_token_kind: {discrete: {tokenizer: nothing}}\n", r"no tokenizer 'nothing'"),
+        (
+            GOOD + "by_order: {rondom: {model: {mask_law: mar}}}\n",
+            r"by_order: unknown key 'rondom'; did you mean 'random'",
+        ),
+        (GOOD + "by_size: {50k: {model: {num_heads: 2}}}\n", r"by_size: unknown key '50k'; did you mean '50K'"),
         (GOOD + "by_order: {random: {model: {mask_law: none}}}\n", r"mask_law 'none' is not for random"),
         (GOOD + "by_token_kind: {discrete: {tokenizer: icons32-vae}}\n", r"cannot use the continuous tokenizer"),
         (OBJECTIVE.format("v"), r"solver 'euler' does not draw this head's tokens; choose from ddim, dpmpp_2m"),
