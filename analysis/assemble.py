@@ -101,6 +101,9 @@ def _links(result: Study, losses: dict[str, Points], refits: Refits) -> list[dic
         loss = losses.get(p.name)
         if loss is None or p.kind not in ("distance", "score") or p.metric.startswith("geneval_"):
             continue
+        if p.is_data_ladder:
+            # The smaller data sizes are measured more lightly.
+            continue
         found = link(loss, p, refits.of(law("power-floor", loss.rung_axis)), result.choice.level)
         if found:
             out.append(found)

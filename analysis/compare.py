@@ -303,10 +303,9 @@ def along_one_axis(fits: Sequence[Fit]) -> list[Fit]:
     return [f for f in fits if len(f.law.axes) == 1 and f.law.name in ("power-floor", "compute", "logit")]
 
 
-def along_ladder(fits: Sequence[Fit]) -> dict[tuple[str, str], Fit]:
-    """By metric and arm, the law that says how runs scatter: along N, or along D of a ladder of data sizes."""
-    own = [f for f in fits if f.law.axes == (("d",) if f.points.is_data_ladder else ("n",))]
-    return {(f.points.metric, f.points.name): f for f in own}
+def along_sizes(fits: Sequence[Fit]) -> dict[tuple[str, str], Fit]:
+    """By metric and arm, the law along N, which says how runs scatter. One along D does not: its runs share a trunk."""
+    return {(f.points.metric, f.points.name): f for f in fits if f.law.axes == ("n",)}
 
 
 def _of_two_orders(fits: Sequence[Fit], level: float) -> list[dict[str, Any]]:
@@ -320,7 +319,7 @@ def _of_two_orders(fits: Sequence[Fit], level: float) -> list[dict[str, Any]]:
 def comparisons(points: Sequence[Points], fits: Sequence[Fit], level: float) -> dict[str, list[dict[str, Any]]]:
     """All contrasts, crossings (along N, C or D) and chances of being best that the table allows."""
     one_axis = along_one_axis(fits)
-    law_of = along_ladder(one_axis)
+    law_of = along_sizes(one_axis)
     noise_of = noises(points)
     contrasts, crossings, chances = [], [], []
     for a, b in combinations(points, 2):

@@ -42,6 +42,11 @@ def fits_of(doc: Document, metric: str, axis: str) -> list[Document]:
     return [f for f in doc["fits"] if f["metric"] == metric and f["axes"] == [axis] and f["curve"]]
 
 
+def is_data_ladder(doc: Document, metric: str) -> bool:
+    """Whether a metric was measured on several data sizes of one model size, in every arm."""
+    return all(len(set(m["n"])) == 1 < len(set(m["d"])) for m in measured(doc, metric))
+
+
 def _array(values: list[float | None]) -> np.ndarray:
     return np.array([np.nan if v is None else v for v in values], float)
 

@@ -76,7 +76,7 @@ def rungs_of(joined: Joined) -> Array:
 def _chained(joined: Joined, loss: Points, refit: Refit) -> list[dict[str, float]]:
     """N -> predicted loss -> metric for the next rung: both steps know the smaller rungs only."""
     out = []
-    top = loss.ladder()
+    top = loss.largest_data()
     for size in rungs(loss)[3:]:
         below, here = joined.n < size, joined.n == size
         try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.compare import Contrast, Noises, along_ladder, along_one_axis, by_unit, contrast, noises
+from analysis.compare import Contrast, Noises, along_one_axis, along_sizes, contrast, noises
 from analysis.crossings import DRAWS, curves, draw
 from analysis.fit import Fit
 from analysis.laws import Array
@@ -34,23 +34,27 @@ def _net(values: Array, points: Points) -> Array | None:
     return None
 
 
-def _difference(a: Array | None, b: Array | None, kind: str, level: float) -> list[float] | None:
-    """[effect, low, high] from the values at the fits (first) and at draws of them (rest), in a contrast's scale."""
-    if a is None or b is None:
+def _differences(a: Array | None, b: Array | None, kind: str) -> Array | None:
+    """a - b in a contrast's scale: of logs, but for scores and signed metrics. None where a first value has no log."""
+    if a is None or b is None or (kind not in ("score", "signed") and min(a[0], b[0]) <= 0):
         return None
-    if kind not in ("score", "signed"):
-        if min(a[0], b[0]) <= 0:
-            return None
-        with np.errstate(invalid="ignore", divide="ignore"):
-            a, b = np.log(np.where(a > 0, a, np.nan)), np.log(np.where(b > 0, b, np.nan))
-    tail, drawn = 50 * (1 - level), (a - b)[1:]
-    bounds = np.nanpercentile(drawn, [tail, 100 - tail]) if len(drawn) else ()
-    return [float((a - b)[0]), *(float(v) for v in bounds)]
+    if kind in ("score", "signed"):
+        return a - b
+    # A draw below a floor is as far below as can be said.
+    return np.subtract(*(np.log(np.maximum(v, np.finfo(float).tiny)) for v in (a, b)))
+
+
+def _interval(differences: Array | None, level: float) -> list[float] | None:
+    """[effect, low, high] from the difference of the fits (first) and those of their draws."""
+    if differences is None:
+        return None
+    tail = 50 * (1 - level)
+    return [float(differences[0]), *(float(v) for v in np.percentile(differences[1:], [tail, 100 - tail]))]
 
 
 def matched_laws(a: Fit, b: Fit, level: float, rng: np.random.Generator) -> dict[str, Any] | None:
-    """Two laws along one axis where both arms have been measured farthest; None for unlike units or axes."""
-    if not comparable(a.points, b.points) or a.law.axes != b.law.axes:
+    """Two laws along one axis where both arms have been measured farthest; None for what may not be subtracted."""
+    if not comparable(a.points, b.points):
         return None
     axis = a.law.axes[0]
     at = np.array([min(float(f.points.axis(axis).max()) for f in (a, b))])
@@ -59,7 +63,8 @@ def matched_laws(a: Fit, b: Fit, level: float, rng: np.random.Generator) -> dict
     return {
         "metric": a.points.metric, "a": a.points.name, "b": b.points.name, "matched": MATCHED[axis],
         "at": float(at[0]), "values": [float(of_a[0]), float(of_b[0])],
-        "effect": _difference(of_a, of_b, kind, level), "net_effect": _difference(*nets, kind, level),
+        "effect": _interval(_differences(of_a, of_b, kind), level),
+        "net_effect": _interval(_differences(*nets, kind), level),
     }  # fmt: skip
 
 
@@ -67,16 +72,17 @@ def _net_of_runs(found: Contrast, sides: Sequence[Points]) -> list[float] | None
     """A contrast net of the tokenizers. Its half-width is stretched as the more bounded of the two arms is."""
     values = [np.array([p.y.mean()]) for p in sides]
     nets = [n for v, p in zip(values, sides, strict=True) if (n := _net(v, p)) is not None]
-    effect = _difference(nets[0], nets[1], sides[0].kind, 0.0) if len(nets) == 2 else None
-    if effect is None:
+    found_net = _differences(nets[0], nets[1], sides[0].kind) if len(nets) == 2 else None
+    if found_net is None:
         return None
+    effect = float(found_net[0])
     if sides[0].kind == "score":
         stretch = 1 / min(p.ceiling or 1.0 for p in sides)
     else:
         # d log(y - floor) / d log y
         stretch = max(float(v[0] / n[0]) for v, n in zip(values, nets, strict=True))
     half = stretch * (found.high - found.low) / 2
-    return [effect[0], effect[0] - half, effect[0] + half]
+    return [effect, effect - half, effect + half]
 
 
 def matched_runs(
@@ -98,14 +104,13 @@ def matched(points: Sequence[Points], fits: Sequence[Fit], level: float) -> list
     """Every pair of arms of one unit on its three footings; parts of a score are left to the contrasts."""
     whole = [p for p in points if not p.metric.startswith("geneval_")]
     laws = [f for f in along_one_axis(fits) if not f.points.metric.startswith("geneval_")]
-    law_of = along_ladder(laws)
+    law_of = along_sizes(laws)
     noise_of, rows = noises(points), []
     for a, b in combinations(whole, 2):
         keys = ((a.metric, a.name), (b.metric, b.name))
         both, seeds = (law_of.get(keys[0]), law_of.get(keys[1])), (noise_of[keys[0]], noise_of[keys[1]])
         rows.append(matched_runs(a, b, both, seeds, level))
     for axis in MATCHED:
-        for members in by_unit([f for f in laws if f.law.axes == (axis,)]):
-            rng = np.random.default_rng(0)
-            rows += [matched_laws(a, b, level, rng) for a, b in combinations(members, 2)]
+        along = [f for f in laws if f.law.axes == (axis,)]
+        rows += [matched_laws(a, b, level, np.random.default_rng(0)) for a, b in combinations(along, 2)]
     return sorted((r for r in rows if r), key=lambda r: (r["metric"], r["a"], r["b"]))

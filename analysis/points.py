@@ -94,7 +94,9 @@ class Points:
     @cached_property
     def is_data_ladder(self) -> bool:
         """Whether this is one model trained on several data sizes: its laws are then along D."""
-        return len(np.unique(self.n)) == 1 < len(np.unique(self.d)) and bool(np.isfinite([self.n, self.d]).all())
+        if not np.isfinite([self.n, self.d]).all():
+            return False
+        return len(np.unique(self.n)) == 1 < len(np.unique(data_levels(self.d)))
 
     def ladder(self) -> Points:
         """The rows that one-axis laws are judged on: the largest data size, or of a data ladder all measured alike."""

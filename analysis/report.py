@@ -63,7 +63,7 @@ def _jobs(doc: Document) -> Iterator[Job]:
     metrics = [m for m in dict.fromkeys(m["metric"] for m in doc["measurements"]) if not m.startswith("geneval_")]
     for metric in metrics:
         title = words.capital(words.title_of(metric))
-        data_ladder = figures.fits_of(doc, metric, "d")
+        data_ladder = figures.is_data_ladder(doc, metric)
         for axis in ("d",) if data_ladder else ("n", "c"):
             caption = f"{title} against {figures.axis_name(doc, axis)}."
             yield Job(metric, f"{metric}-vs-{axis}", caption, partial(figures.metric_along, doc, metric, axis))

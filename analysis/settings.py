@@ -54,8 +54,8 @@ def splitting(frame: pd.DataFrame, group: Sequence[str], cell: Sequence[str]) ->
         over = text.groupby([frame[c] for c in group], dropna=False).nunique().max() if group else text.nunique()
         if over <= within:
             out.append(name)
-    words = [name for name in out if name != "tokenizer_sha"]
-    return words if words and _parts(frame, [*group, *words]) == _parts(frame, [*group, *out]) else out
+    by_name = [name for name in out if name != "tokenizer_sha"]
+    return by_name if by_name and _parts(frame, [*group, *by_name]) == _parts(frame, [*group, *out]) else out
 
 
 def _parts(frame: pd.DataFrame, columns: Sequence[str]) -> int:

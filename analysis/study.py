@@ -18,6 +18,8 @@ from analysis.table import InvalidTable, Table, kind_of, numbers
 
 # a point this many standard errors from its floor, or less, says that the floor is not one
 FLOOR_TOUCH = 2.0
+# fewer trunks do not tell how far one trunk's runs lie from another's
+ENOUGH_TRUNKS = 3
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,17 @@ def fit_one(
     name = choice.objective or default_objective(used).name
     objective = Objective(name, choice.delta, choice.penalty)
     done = fit(chosen, used, objective, floor if floored else None, thorough, seeds)
-    return replace(done, warnings=(*done.warnings, *(warned if floored else []), *_left_lighter(chosen, points, used)))
+    remarks = (*(warned if floored else []), *_left_lighter(chosen, points, used), *_few_trunks(chosen, used))
+    return replace(done, warnings=(*done.warnings, *remarks))
+
+
+def _few_trunks(chosen: Law, used: Points) -> list[Warned]:
+    """Runs of one trunk rise and fall together: a law along D does not hold what another seed would give."""
+    trunks = len(np.unique(used.cluster))
+    if chosen.axes != ("d",) or trunks >= ENOUGH_TRUNKS:
+        return []
+    message = f"runs of {trunks} trunk(s): the intervals do not hold what another seed would give"
+    return [Warned("FEW_TRUNKS", message, True)]
 
 
 def _left_lighter(chosen: Law, points: Points, used: Points) -> list[Warned]:

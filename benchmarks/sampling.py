@@ -5,8 +5,8 @@
 
 Takes each arm's longest run of its largest size and draws the prompts that are kept for choices (the evaluation prompts
 are not looked at). The best of a grid is chosen on the very images it is reported on, so beside it stands its lead over
-the recipe's own setting, paired by prompt, with 1.96 standard errors; of a dozen equal settings the best leads by more than
-one of its standard errors. Exit code 2 without such runs.
+the recipe's own setting, paired by prompt, with 1.96 standard errors; of a dozen equal settings the best leads by more
+than one of its standard errors. Exit code 2 without such runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import itertools
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -58,12 +59,13 @@ def sampled(subject: Subject, **setting: float) -> Subject:
     return dataclasses.replace(subject, spec=dataclasses.replace(subject.spec, evaluate=changed), variant="sampling")
 
 
-def scores(subject: Subject, images_per_prompt: int) -> dict[tuple[float, float], list[np.ndarray]]:
+def scores(
+    subject: Subject, grid: Iterable[tuple[float, float]], images_per_prompt: int
+) -> dict[tuple[float, float], list[np.ndarray]]:
     """Of each temperature and guidance scale, per tag the share of right images of each prompt."""
     prompts = repeated(subject.world.prompts("seen", part="validation"), images_per_prompt)
     own = subject.spec.evaluate.sampling
-    grid = {*itertools.product(TEMPERATURES, GUIDANCE_SCALES), (own.temperature, own.guidance_scale)}
-    settings = sorted(grid)
+    settings = sorted({*grid, (own.temperature, own.guidance_scale)})
     variants = [sampled(subject, temperature=t, guidance_scale=g) for t, g in settings]
     detector, found = load_detector(subject.detector_name, subject.device), {}
     with shown() as progress:
@@ -112,6 +114,9 @@ def main() -> int:
     parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"), help="folder of runs; default: runs")
     parser.add_argument("--sweep", default="more_images", help="whose runs; default: %(default)s")
     parser.add_argument("--images-per-prompt", type=int, default=1, help="default: %(default)s")
+    numbers = {"type": float, "nargs": "+", "metavar": "X"}
+    parser.add_argument("--temperature", default=TEMPERATURES, help="default: %(default)s", **numbers)
+    parser.add_argument("--guidance-scale", default=GUIDANCE_SCALES, help="default: %(default)s", **numbers)
     arguments = parser.parse_args()
     run_dirs = chosen(arguments.runs, arguments.sweep)
     if not run_dirs:
@@ -120,7 +125,8 @@ def main() -> int:
     print(f"`python benchmarks/sampling.py --sweep {arguments.sweep}`: GenEval-protocol score, the recipe's in bold")
     for run_dir in run_dirs:
         subject = subject_of(run_dir)
-        print("", *table(subject, scores(subject, arguments.images_per_prompt)), sep="\n", flush=True)
+        grid = itertools.product(arguments.temperature, arguments.guidance_scale)
+        print("", *table(subject, scores(subject, grid, arguments.images_per_prompt)), sep="\n", flush=True)
     return 0
 
 

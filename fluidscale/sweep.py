@@ -193,7 +193,10 @@ def _check_layers(plan: dict[str, Any], ladder: dict[str, Any], where: str) -> N
     """A misspelt arm or size would be a layer that no run gets."""
     kinds, orders = (dict.fromkeys(arm.split("-")[i] for arm in ARMS) for i in (0, 1))
     for axis, known in (("token_kind", kinds), ("order", orders), ("arm", ARMS), ("size", ladder)):
-        for value in plan.get(f"by_{axis}") or {}:
+        layers = plan.get(f"by_{axis}") or {}
+        if not isinstance(layers, dict):
+            raise InvalidInput(f"{where}: by_{axis}: expected keys and values, got {layers!r}")
+        for value in layers:
             if value not in known:
                 raise InvalidInput(unknown_key(str(value), known, f"{where}: by_{axis}"))
 

@@ -184,6 +184,8 @@ class Worker:
 
     def _execute(self, folder: RunFolder, spec: RunSpec, placement: Placement) -> None:
         try:
+            # An earlier life may have left "stopped": from here on that word is of this one.
+            folder.set_status("running", phase="start")
             self.execute(spec, folder.path, placement, self.is_stopped)
         except (Stopped, KeyboardInterrupt):
             folder.set_status("stopped")
@@ -200,7 +202,8 @@ class Worker:
             if is_full(error):
                 # No next run would get any further; this one has said so, and is not to blame.
                 raise
-            if folder.status.get("state") not in ("failed", "stopped"):
+            state = folder.status.get("state")
+            if state != "failed" and not (state == "stopped" and placement.processes > 1):
                 fail(folder, error)
             if placement.processes > 1:
                 # The others wait for this process in the middle of a step: its end is theirs.

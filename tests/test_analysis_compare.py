@@ -211,7 +211,7 @@ def one_size(name: str, floor: float, amplitude: float, exponent: float, seed: i
     d = np.geomspace(1e5, 1e8, 7)
     points = chinchilla_points(np.full(7, 1e6), d, 0.0, np.random.default_rng(0))
     y = (floor + amplitude * d**-exponent) * np.exp(0.002 * np.random.default_rng(seed).normal(size=7))
-    return replace(points, y=y, group={"arm": name}, units=np.full(7, "nats"))
+    return replace(points, y=y, se=0.002 * y, group={"arm": name}, units=np.full(7, "nats"))
 
 
 def test_one_model_on_several_data_sizes_has_laws_and_a_crossing_along_data() -> None:
@@ -230,9 +230,12 @@ def test_one_model_on_several_data_sizes_has_laws_and_a_crossing_along_data() ->
     assert [e["held_out"]["d"] for e in entries][-1] == 1e8 and entries[-1]["relative_error"] == pytest.approx(
         0, abs=0.05
     )
+    (said,) = register(arms[0], lambda points: fit_one(law("power-floor", "d"), points, Choice()), 0.95)
+    assert said["target"]["d"] == 1e8 and said["n_rows"] == 6
     assert not register(arms[0].take(np.array([0])), lambda points: fits[0], 0.95)
-    (said,) = register(arms[0], lambda points: fits[0], 0.95)
-    assert said["target"]["d"] == 1e8
+    assert [w.code for f in fits for w in f.warnings if w.code == "FEW_TRUNKS"] == []
+    one_trunk = fit_one(law("power-floor", "d"), replace(arms[0], cluster=np.zeros(7, int)), Choice())
+    assert "FEW_TRUNKS" in [w.code for w in one_trunk.warnings] and not one_trunk.headline
 
 
 def test_likelihoods_of_two_orders_may_meet_though_each_has_a_protocol_of_its_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -135,6 +136,24 @@ def test_a_run_that_stops_since_another_of_its_processes_was_told_first_has_not_
     assert [life.end for life in attempts.read(folder)] == ["stopped"]
     # No other run was begun: its processes would have waited for those that had heard.
     assert not any(attempts.read(RunFolder(other)) for other in queue.run_dirs[1:])
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_an_earlier_life_left_does_not_hide_a_failure(planned, tmp_path, devices):
+    queue = local.prepare(planned, tmp_path, "work", retry_failed=False)
+    folder = RunFolder(queue.run_dirs[0])
+    folder.set_status("stopped", error="stopped at step 3")
+    placement = folder.path / "placement.json"
+    write_json(placement, {**(read_json(placement) or {}), "devices": devices})
+
+    def breaks(*_):
+        raise InvalidInput("no such placement")
+
+    worker = Worker(queue, StopSignal(), breaks)
+    with contextlib.suppress(InvalidInput):
+        worker.train(next(iter(queue.trunks)))
+    assert folder.status["state"] == "failed" and "no such placement" in folder.status["error"]
+    assert attempts.read(folder)[-1].end == "error"
 
 
 def test_a_budget_is_kept_to_while_it_lasts_and_the_sweep_goes_on_when_it_is_raised(planned, tmp_path, monkeypatch):

@@ -117,6 +117,7 @@ def test_the_rate_falls_with_width_where_a_width_is_named_for_it(tmp_path):
             GOOD + "by_order: {rondom: {model: {mask_law: mar}}}\n",
             r"by_order: unknown key 'rondom'; did you mean 'random'",
         ),
+        (GOOD + "by_order: random\n", r"by_order: expected keys and values, got 'random'"),
         (GOOD + "by_size: {50k: {model: {num_heads: 2}}}\n", r"by_size: unknown key '50k'; did you mean '50K'"),
         (GOOD + "by_order: {random: {model: {mask_law: none}}}\n", r"mask_law 'none' is not for random"),
         (GOOD + "by_token_kind: {discrete: {tokenizer: icons32-vae}}\n", r"cannot use the continuous tokenizer"),
