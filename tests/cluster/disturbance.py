@@ -230,7 +230,8 @@ class Disturbance:
         found = newest_loadable([checkpoints / NEWEST, checkpoints / PREVIOUS], 10**9)
         assert found is not None, "killed while it wrote a checkpoint, and none of the two loads"
         self.killed_at[task] = found[1]
-        eventually(lambda: self._state(task) == "PENDING", f"{task} back in the queue", PATIENCE)
+        # Another node may have it before anybody has seen it wait.
+        eventually(lambda: self._queue().get(task, ("gone", ""))[1] != node, f"{task} off its node", PATIENCE)
         self.launch.slurm.start_node(node)
         self.outcomes["a node killed with all its processes"] = (
             "SLURM misses the node and requeues the task; the next start closes the attempt nobody closed",
