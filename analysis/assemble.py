@@ -25,7 +25,7 @@ from analysis.predictions import keep_record, register
 from analysis.rollout import Refit, rollout, score
 from analysis.sensitivity import sensitivity
 from analysis.study import Choice, Study, fit_one
-from analysis.table import InvalidTable
+from analysis.table import InvalidTable, is_part
 from analysis.verdicts import verdicts
 
 # the broken law has five parameters: fewer rungs cannot tell its break from noise
@@ -99,7 +99,7 @@ def _links(result: Study, losses: dict[str, Points], refits: Refits) -> list[dic
     out = []
     for p in result.sound:
         loss = losses.get(p.name)
-        if loss is None or p.kind not in ("distance", "score") or p.metric.startswith("geneval_"):
+        if loss is None or p.kind not in ("distance", "score") or is_part(p.metric):
             continue
         if p.is_data_ladder:
             # The smaller data sizes are measured more lightly.
@@ -157,7 +157,7 @@ def _attach_rollouts(doc: dict[str, Any], fits: Sequence[Fit], rollouts: dict) -
 def assemble(result: Study, predictions: Path | None, runs: Path, planned: Sequence[dict] = ()) -> dict[str, Any]:
     """The document of a study. `predictions` is the record kept beside laws.json (None: none is kept)."""
     doc, choice = document(result), result.choice
-    headline = [p for p in result.sound if not p.metric.startswith("geneval_")]
+    headline = [p for p in result.sound if not is_part(p.metric)]
     rollouts: dict[tuple[str, ...], list[dict]] = {}
     refits = Refits(choice)
     doc["law_choice"] = [row for p in headline for row in _law_choice(result, p, refits, rollouts)]
@@ -167,6 +167,7 @@ def assemble(result: Study, predictions: Path | None, runs: Path, planned: Seque
     joint = [a for f in result.fits if f.headline and (a := allocation(f, choice.level))]
     of = {(a["metric"], "-".join(a["group"].values()) or "all"): a for a in joint}
     scores = [p for p in headline if p.kind == "score" and np.isfinite(p.c).all() and len(p)]
+    compared = comparisons(result.sound, result.fits, choice.level)
     doc |= {
         "noise": _noise(result),
         "doublings": [row for p in headline if (row := _doubling(p, choice.level))],
@@ -175,8 +176,8 @@ def assemble(result: Study, predictions: Path | None, runs: Path, planned: Seque
         "composition": composition(result.sound, choice.level),
         "links": _links(result, losses, refits),
         "ceilings": [row for p in scores for row in ceiling_band(p, lambda chosen, points: refits.of(chosen)(points))],
-        **comparisons(result.sound, result.fits, choice.level),
-        "matched": matched(result.sound, result.fits, choice.level),
+        **compared,
+        "matched": matched(result.sound, result.fits, compared["contrasts"], choice.level),
         "sensitivity": _sensitivities(result),
         "verdicts": verdicts(result.points, result.fits, choice.level),
         "learning_curves": learning_curves(result.table.frame, runs, result.table.columns.group),

@@ -21,7 +21,7 @@ from analysis.images import aligned, paired_error
 from analysis.laws import Array
 from analysis.noise import FEW_REPLICATES, SeedNoise, pooled_by
 from analysis.points import Points, comparable, data_levels
-from analysis.table import AXES
+from analysis.table import AXES, is_part
 
 # the usual power of a planned comparison (Cohen 1988, Statistical Power Analysis, 2.4)
 POWER = 0.8
@@ -303,11 +303,6 @@ def along_one_axis(fits: Sequence[Fit]) -> list[Fit]:
     return [f for f in fits if len(f.law.axes) == 1 and f.law.name in ("power-floor", "compute", "logit")]
 
 
-def along_sizes(fits: Sequence[Fit]) -> dict[tuple[str, str], Fit]:
-    """By metric and arm, the law along N, which says how runs scatter. One along D does not: its runs share a trunk."""
-    return {(f.points.metric, f.points.name): f for f in fits if f.law.axes == ("n",)}
-
-
 def _of_two_orders(fits: Sequence[Fit], level: float) -> list[dict[str, Any]]:
     """Where the likelihoods of one token kind's two orders meet: each order has a protocol of its own."""
     signed = [f for f in fits if f.points.kind == "signed"]
@@ -319,7 +314,8 @@ def _of_two_orders(fits: Sequence[Fit], level: float) -> list[dict[str, Any]]:
 def comparisons(points: Sequence[Points], fits: Sequence[Fit], level: float) -> dict[str, list[dict[str, Any]]]:
     """All contrasts, crossings (along N, C or D) and chances of being best that the table allows."""
     one_axis = along_one_axis(fits)
-    law_of = along_sizes(one_axis)
+    # How runs scatter, a law along N says. One along D does not: its runs share a trunk.
+    law_of = {(f.points.metric, f.points.name): f for f in one_axis if f.law.axes == ("n",)}
     noise_of = noises(points)
     contrasts, crossings, chances = [], [], []
     for a, b in combinations(points, 2):
@@ -330,7 +326,7 @@ def comparisons(points: Sequence[Points], fits: Sequence[Fit], level: float) -> 
             found = contrast(a, b, fit_a, fit_b, at, level, noises=both)
             if found is not None:
                 contrasts.append(found.__dict__ | {"sign": found.sign})
-    headline = [f for f in one_axis if not f.points.metric.startswith("geneval_")]
+    headline = [f for f in one_axis if not is_part(f.points.metric)]
     for axis in AXES:
         along = [f for f in headline if f.law.axes == (axis,)]
         crossings += _of_two_orders(along, level)

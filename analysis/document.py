@@ -156,7 +156,7 @@ def measurement(points: Points, sizes: dict[int, str]) -> dict[str, Any]:
         "group": dict(points.group), "metric": points.metric, "kind": points.kind, "unit": points.unit,
         "protocol": points.protocol, "floor": points.floor, "real_floor": points.real_floor, "ceiling": points.ceiling,
         "row": points.rows, "n": points.n, "d": points.d, "c": points.c, "y": points.y, "se": points.se,
-        "size": [sizes.get(int(r), "") for r in points.rows],
+        "size": [sizes.get(int(r), "") for r in points.rows], "rung_axis": points.rung_axis,
         "largest": np.isin(points.rows, points.ladder().rows),
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.panels import MUTED, colour, grid, label_of, log_axis, marker, name_of, short
+from analysis.table import is_part
 
 AXIS_NAMES = {"n": "parameters N", "d": "training images D", "c": "training compute C (FLOPs)"}
 METRIC_NAMES = {
@@ -42,9 +43,14 @@ def fits_of(doc: Document, metric: str, axis: str) -> list[Document]:
     return [f for f in doc["fits"] if f["metric"] == metric and f["axes"] == [axis] and f["curve"]]
 
 
+def headline_metrics(doc: Document) -> list[str]:
+    """The metrics measured, parts of the score left out."""
+    return [m for m in dict.fromkeys(m["metric"] for m in doc["measurements"]) if not is_part(m)]
+
+
 def is_data_ladder(doc: Document, metric: str) -> bool:
     """Whether a metric was measured on several data sizes of one model size, in every arm."""
-    return all(len(set(m["n"])) == 1 < len(set(m["d"])) for m in measured(doc, metric))
+    return all(m.get("rung_axis") == "d" for m in measured(doc, metric))
 
 
 def _array(values: list[float | None]) -> np.ndarray:
@@ -86,7 +92,9 @@ def _limits(items: list[Document], fits: list[Document], reach: float) -> tuple[
         best = max([high, *(m["ceiling"] for m in items if m["ceiling"])])
         return max(0.0, low - 0.06), min(1.06, best + 0.07)
     if low <= 0:
-        return low - 0.08 * (high - low), high + 0.08 * (high - low)
+        # One value alone has no range of its own.
+        pad = 0.08 * ((high - low) or abs(high) or 1.0)
+        return low - pad, high + pad
     pad = (high / low) ** 0.12
     return low / pad, high * pad
 
@@ -233,7 +241,7 @@ def along_data(doc: Document, metric: str) -> Figure | None:
 
 def tags(doc: Document) -> Figure | None:
     """The score's tags against N, one small panel a tag."""
-    names = [m for m in dict.fromkeys(m["metric"] for m in doc["measurements"]) if m.startswith("geneval_")]
+    names = [m for m in dict.fromkeys(m["metric"] for m in doc["measurements"]) if is_part(m)]
     if not names:
         return None
     figure, axes = grid(len(names), columns=4, width=2.1, height=2.1, sharey=True)

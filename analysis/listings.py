@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.figures import title_of
+from analysis.figures import headline_metrics, title_of
 from analysis.panels import label_of, short
+from analysis.table import is_part
 from analysis.words import capital, digits, percent, rounded, span
 
 Document = dict[str, Any]
@@ -26,7 +27,7 @@ class Listing:
 
 def glance(doc: Document) -> Listing:
     """One row an arm: what the ladder did to each headline metric."""
-    metrics = [m for m in _headline_metrics(doc) if m != "val_nll"]
+    metrics = [m for m in headline_metrics(doc) if m != "val_nll"]
     arms = {label_of(m["group"]): m["group"] for m in doc["measurements"]}
     rows = []
     for label, group in arms.items():
@@ -165,7 +166,7 @@ def chances(doc: Document) -> Listing:
 def contrasts(doc: Document) -> Listing:
     rows = []
     for c in doc["contrasts"]:
-        if c["metric"].startswith("geneval_"):
+        if is_part(c["metric"]):
             continue
         sign = {1: "a above b", -1: "a below b", 0: "not told apart"}[c["sign"]]
         by = " and ".join(("size", *c["paired_by"]))
@@ -295,7 +296,7 @@ def rollouts(doc: Document) -> Listing:
     """The largest size as each law, fitted on the smaller ones, predicted it."""
     rows = []
     for f in doc["fits"]:
-        if not f["rollout"] or f["metric"].startswith("geneval_"):
+        if not f["rollout"] or is_part(f["metric"]):
             continue
         axis = "n" if f["rollout"][0]["held_out"]["n"] else f["axes"][0]
         top = max(e["held_out"][axis] for e in f["rollout"])
@@ -311,7 +312,7 @@ def rollouts(doc: Document) -> Listing:
 
 
 def runs(doc: Document) -> Listing:
-    headers = ("row", "run", "arm", "size", "N", "D", "C", *(title_of(m) for m in _headline_metrics(doc)))
+    headers = ("row", "run", "arm", "size", "N", "D", "C", *(title_of(m) for m in headline_metrics(doc)))
     values: dict[int, dict[str, Any]] = {}
     for m in doc["measurements"]:
         for i, row in enumerate(m["row"]):
@@ -322,7 +323,7 @@ def runs(doc: Document) -> Listing:
     for row in sorted(values):
         place = values[row]["place"]
         numbers = (digits(place[k], 6) if k == "n" else f"{place[k]:.6g}" if place[k] else "–" for k in ("n", "d", "c"))
-        cells = (values[row].get(m, "") for m in _headline_metrics(doc))
+        cells = (values[row].get(m, "") for m in headline_metrics(doc))
         rows.append((str(row), _run_link(doc, row), label_of(place["group"]), place["size"], *numbers, *cells))
     return Listing("Runs", "± is the evaluation's standard error.", headers, rows)
 
@@ -341,11 +342,6 @@ def _run_link(doc: Document, row: int) -> str:
     link = Link(name)
     link.href = f"{doc['runs']['folder']}/{name}/"
     return link
-
-
-def _headline_metrics(doc: Document) -> list[str]:
-    found = dict.fromkeys(m["metric"] for m in doc["measurements"])
-    return [m for m in found if not m.startswith("geneval_")]
 
 
 def excluded(doc: Document) -> Listing:

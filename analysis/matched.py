@@ -9,17 +9,18 @@ ceiling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from analysis.compare import Contrast, Noises, along_one_axis, along_sizes, contrast, noises
+from analysis.compare import along_one_axis
 from analysis.crossings import DRAWS, curves, draw
 from analysis.fit import Fit
 from analysis.laws import Array
 from analysis.points import Points, comparable
+from analysis.table import is_part
 
 # What a pair may have in common beside the rung, by the axis of the laws that are asked.
 MATCHED = {"n": "parameters", "c": "training FLOPs"}
@@ -68,49 +69,43 @@ def matched_laws(a: Fit, b: Fit, level: float, rng: np.random.Generator) -> dict
     }  # fmt: skip
 
 
-def _net_of_runs(found: Contrast, sides: Sequence[Points]) -> list[float] | None:
-    """A contrast net of the tokenizers. Its half-width is stretched as the more bounded of the two arms is."""
+def _net_of_runs(width: float, sides: Sequence[Points]) -> list[float] | None:
+    """A contrast of runs net of the tokenizers; its interval's `width` is stretched as the more bounded arm's."""
     values = [np.array([p.y.mean()]) for p in sides]
     nets = [n for v, p in zip(values, sides, strict=True) if (n := _net(v, p)) is not None]
-    found_net = _differences(nets[0], nets[1], sides[0].kind) if len(nets) == 2 else None
-    if found_net is None:
+    differences = _differences(nets[0], nets[1], sides[0].kind) if len(nets) == 2 else None
+    if differences is None:
         return None
-    effect = float(found_net[0])
+    effect = float(differences[0])
     if sides[0].kind == "score":
         stretch = 1 / min(p.ceiling or 1.0 for p in sides)
     else:
         # d log(y - floor) / d log y
         stretch = max(float(v[0] / n[0]) for v, n in zip(values, nets, strict=True))
-    half = stretch * (found.high - found.low) / 2
-    return [effect, effect - half, effect + half]
+    return [effect, effect - stretch * width / 2, effect + stretch * width / 2]
 
 
-def matched_runs(
-    a: Points, b: Points, fits: tuple[Fit | None, Fit | None], seeds: Noises, level: float
-) -> dict[str, Any] | None:
-    """The runs of the largest rung and data size that both arms have; None where they cannot be paired."""
-    found = contrast(a, b, fits[0], fits[1], "largest", level, noises=seeds)
-    if found is None:
-        return None
-    sides = [p.take(np.isin(p.rows, found.rows)) for p in (a, b)]
+def matched_runs(contrast: Mapping[str, Any], points: Mapping[tuple[str, str], Points]) -> dict[str, Any]:
+    """A contrast at the largest rung and data size of both arms, and what its runs are net of their tokenizers."""
+    metric = contrast["metric"]
+    sides = [points[metric, contrast[side]] for side in ("a", "b")]
+    sides = [p.take(np.isin(p.rows, contrast["rows"])) for p in sides]
     return {
-        "metric": a.metric, "a": a.name, "b": b.name, "matched": "images", "at": float(sides[0].d.max()),
-        "values": [float(p.y.mean()) for p in sides], "effect": [found.effect, found.low, found.high],
-        "net_effect": _net_of_runs(found, sides),
+        "metric": metric, "a": contrast["a"], "b": contrast["b"], "matched": "images", "at": float(sides[0].d.max()),
+        "values": [float(p.y.mean()) for p in sides], "effect": [contrast[key] for key in ("effect", "low", "high")],
+        "net_effect": _net_of_runs(contrast["high"] - contrast["low"], sides),
     }  # fmt: skip
 
 
-def matched(points: Sequence[Points], fits: Sequence[Fit], level: float) -> list[dict[str, Any]]:
+def matched(
+    points: Sequence[Points], fits: Sequence[Fit], contrasts: Sequence[Mapping[str, Any]], level: float
+) -> list[dict[str, Any]]:
     """Every pair of arms of one unit on its three footings; parts of a score are left to the contrasts."""
-    whole = [p for p in points if not p.metric.startswith("geneval_")]
-    laws = [f for f in along_one_axis(fits) if not f.points.metric.startswith("geneval_")]
-    law_of = along_sizes(laws)
-    noise_of, rows = noises(points), []
-    for a, b in combinations(whole, 2):
-        keys = ((a.metric, a.name), (b.metric, b.name))
-        both, seeds = (law_of.get(keys[0]), law_of.get(keys[1])), (noise_of[keys[0]], noise_of[keys[1]])
-        rows.append(matched_runs(a, b, both, seeds, level))
+    named = {(p.metric, p.name): p for p in points}
+    rows: list[dict[str, Any] | None] = [
+        matched_runs(c, named) for c in contrasts if c["at"] == "largest" and not is_part(c["metric"])
+    ]
     for axis in MATCHED:
-        along = [f for f in laws if f.law.axes == (axis,)]
+        along = [f for f in along_one_axis(fits) if f.law.axes == (axis,) and not is_part(f.points.metric)]
         rows += [matched_laws(a, b, level, np.random.default_rng(0)) for a, b in combinations(along, 2)]
     return sorted((r for r in rows if r), key=lambda r: (r["metric"], r["a"], r["b"]))

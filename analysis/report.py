@@ -60,8 +60,7 @@ class Job:
 
 def _jobs(doc: Document) -> Iterator[Job]:
     """Every figure that a report may have, in its order."""
-    metrics = [m for m in dict.fromkeys(m["metric"] for m in doc["measurements"]) if not m.startswith("geneval_")]
-    for metric in metrics:
+    for metric in figures.headline_metrics(doc):
         title = words.capital(words.title_of(metric))
         data_ladder = figures.is_data_ladder(doc, metric)
         for axis in ("d",) if data_ladder else ("n", "c"):
@@ -103,7 +102,7 @@ def _context(doc: Document, folder: Path, samples: Path) -> dict[str, Any]:
     return {
         "doc": doc, "figures": _figures(doc, folder), "samples": pictures.samples(doc, samples), "listed": listed,
         "summary": words.summary(doc), "verdicts": listings.verdicts(doc),
-        "metrics": [m for m in dict.fromkeys(m["metric"] for m in doc["measurements"]) if not m.startswith("geneval_")],
+        "metrics": figures.headline_metrics(doc),
     }  # fmt: skip
 
 

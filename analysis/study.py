@@ -14,7 +14,7 @@ from analysis.noise import lack_of_fit, pooled_by, seed_variance
 from analysis.points import Points, select
 from analysis.settings import varied
 from analysis.solver import HUBER_DELTA, Objective
-from analysis.table import InvalidTable, Table, kind_of, numbers
+from analysis.table import InvalidTable, Table, is_part, kind_of, numbers
 
 # a point this many standard errors from its floor, or less, says that the floor is not one
 FLOOR_TOUCH = 2.0
@@ -84,16 +84,12 @@ def default_laws(points: Points) -> list[Law]:
 
     Over D alone where one model size was trained on several data sizes.
     """
+    signed = points.kind == "signed"
     if points.is_data_ladder:
-        return [
-            law("logit", "d")
-            if points.kind == "score"
-            else law("power-floor", "d", signed_floor=points.kind == "signed")
-        ]
+        return [law("logit", "d") if points.kind == "score" else law("power-floor", "d", signed_floor=signed)]
     if points.kind == "score":
         one_axis = [law("logit", "n"), law("logit", "c")]
-        return one_axis if points.metric.startswith("geneval_") else [*one_axis, law("logit-joint")]
-    signed = points.kind == "signed"
+        return one_axis if is_part(points.metric) else [*one_axis, law("logit-joint")]
     joint = [law("chinchilla", signed_floor=signed), *([law("kaplan")] if points.kind == "loss" else [])]
     return [law("power-floor", signed_floor=signed), law("compute", signed_floor=signed), *joint]
 

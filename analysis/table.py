@@ -102,7 +102,7 @@ class Table:
         """The metrics of our own schema that at least one row carries: losses first, a score's tags last."""
         known = [str(c) for c in self.frame.columns if kind_of(str(c)) is not None and f"{c}_se" in self.frame.columns]
         found = [c for c in known if np.isfinite(numbers(self.frame[c])[0]).any()]
-        return sorted(found, key=lambda c: (c.startswith(f"{SCORE_PREFIX}_"), KINDS.index(str(kind_of(c)))))
+        return sorted(found, key=lambda c: (is_part(c), KINDS.index(str(kind_of(c)))))
 
 
 def kind_of(metric: str) -> str | None:
@@ -113,6 +113,11 @@ def kind_of(metric: str) -> str | None:
     # `_n` also ends `_protocol_any_n`
     suffixes = ("_se", "_unit", "_n", "_protocol", "_ceiling", "_floor")
     return "score" if metric.startswith(SCORE_PREFIX) and not metric.endswith(suffixes) else None
+
+
+def is_part(metric: str) -> bool:
+    """Whether a metric is a part of the score: one of its tags, or what it is on held-out combinations."""
+    return metric.startswith(f"{SCORE_PREFIX}_")
 
 
 def read(path: Path | str) -> tuple[pd.DataFrame, str]:

@@ -9,6 +9,7 @@ from typing import Any
 from analysis.document import HEADLINE_HALF_WIDTH
 from analysis.figures import measured, title_of
 from analysis.panels import label_of, name_of
+from analysis.table import is_part
 
 Document = dict[str, Any]
 EXPONENTS = {"alpha": "in N", "beta": "in D", "alpha_N": "in N", "alpha_D": "in D", "delta": "after the break"}
@@ -101,7 +102,7 @@ def summary(doc: Document) -> list[str]:
     """The report's first lines: what moved, what is best, which exponents the data carry, what the claims came to."""
     metrics = dict.fromkeys(m["metric"] for m in doc["measurements"])
     out: list[str | None] = []
-    for metric in (m for m in metrics if not m.startswith("geneval_") and m != "val_nll"):
+    for metric in (m for m in metrics if not is_part(m) and m != "val_nll"):
         loss = all(m["kind"] == "loss" for m in measured(doc, metric))
         out += _headlines(doc, metric) if loss else [_best(doc, metric)]
     if doc["verdicts"]:

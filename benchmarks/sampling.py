@@ -16,6 +16,7 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from fluidscale.data.sources import open_source
 from fluidscale.evaluate import Subject
 from fluidscale.evaluate.detect import load_detector
 from fluidscale.evaluate.generate import Drawing, draw_all
-from fluidscale.evaluate.geneval import judge_samples, per_prompt, repeated
+from fluidscale.evaluate.geneval import Rate, judge_samples, per_prompt, repeated, summarise
 from fluidscale.evaluate.shown import shown
 from fluidscale.folder import RunFolder
 from fluidscale.record import Placement
@@ -59,54 +60,62 @@ def sampled(subject: Subject, **setting: float) -> Subject:
     return dataclasses.replace(subject, spec=dataclasses.replace(subject.spec, evaluate=changed), variant="sampling")
 
 
-def scores(
+@dataclass(frozen=True)
+class Cell:
+    """The images of one temperature and guidance scale: an array a prompt of what was right, and each prompt's tag."""
+
+    right: list[np.ndarray]
+    tags: list[str]
+
+    @property
+    def rate(self) -> Rate:
+        return summarise(self.right, self.tags).overall
+
+    def lead(self, other: Cell) -> Rate:
+        """The difference in score, paired by prompt, and its standard error of the prompts."""
+        pairs = zip(self.right, other.right, strict=True)
+        return summarise([a.astype(int) - b for a, b in pairs], self.tags).overall
+
+
+def cells(
     subject: Subject, grid: Iterable[tuple[float, float]], images_per_prompt: int
-) -> dict[tuple[float, float], list[np.ndarray]]:
-    """Of each temperature and guidance scale, per tag the share of right images of each prompt."""
+) -> dict[tuple[float, float], Cell]:
+    """What each temperature and guidance scale draws of the prompts that are kept for choices."""
     prompts = repeated(subject.world.prompts("seen", part="validation"), images_per_prompt)
-    own = subject.spec.evaluate.sampling
-    settings = sorted({*grid, (own.temperature, own.guidance_scale)})
+    settings = sorted({*grid, own_setting(subject)})
     variants = [sampled(subject, temperature=t, guidance_scale=g) for t, g in settings]
     detector, found = load_detector(subject.detector_name, subject.device), {}
     with shown() as progress:
         drawn = draw_all([Drawing(variant, "validation", prompts) for variant in variants], progress)
         for setting, samples in zip(settings, drawn, strict=True):
             right = [verdict.correct for verdict in judge_samples(samples, detector, progress)]
-            shares, tags = per_prompt(right, samples.rows)
-            by_tag = {
-                tag: [s.mean() for s, t in zip(shares, tags, strict=True) if t == tag] for tag in dict.fromkeys(tags)
-            }
-            found[setting] = [np.array(values) for values in by_tag.values()]
+            found[setting] = Cell(*per_prompt(right, samples.rows))
     return found
 
 
-def mean_of_tags(parts: list[np.ndarray]) -> tuple[float, float]:
-    """The unweighted mean over tags and its standard error of the prompts."""
-    errors = [part.std(ddof=1) / np.sqrt(len(part)) for part in parts]
-    return float(np.mean([part.mean() for part in parts])), float(np.sqrt(np.sum(np.square(errors))) / len(parts))
+def own_setting(subject: Subject) -> tuple[float, float]:
+    """The recipe's temperature and guidance scale."""
+    sampling = subject.spec.evaluate.sampling
+    return sampling.temperature, sampling.guidance_scale
 
 
-def table(subject: Subject, found: dict[tuple[float, float], list[np.ndarray]]) -> list[str]:
+def table(subject: Subject, found: dict[tuple[float, float], Cell]) -> list[str]:
     """A Markdown table of one arm, temperatures down and guidance across, and its best against the recipe's own."""
-    own = subject.spec.evaluate.sampling
-    ours = (own.temperature, own.guidance_scale)
+    ours = own_setting(subject)
     scales = sorted({scale for _, scale in found})
     rows = [f"| {subject.spec.arm} | {' | '.join(f'guidance {scale:g}' for scale in scales)} |"]
     rows.append(f"|{'---|' * (len(scales) + 1)}")
     for temperature in sorted({temperature for temperature, _ in found}):
-        cells = []
+        texts = []
         for scale in scales:
-            value = found.get((temperature, scale))
-            text = "" if value is None else "{:.3f} +- {:.3f}".format(*mean_of_tags(value))
-            cells.append(f"**{text}**" if (temperature, scale) == ours else text)
-        rows.append(f"| temperature {temperature:g} | {' | '.join(cells)} |")
-    best = max(found, key=lambda setting: mean_of_tags(found[setting])[0])
-    lead, error = mean_of_tags([a - b for a, b in zip(found[best], found[ours], strict=True)])
-    rows.append("")
-    rows.append(
-        f"best at temperature {best[0]:g}, guidance {best[1]:g}: {lead:+.3f} +- {1.96 * error:.3f} on the recipe's"
-    )
-    return rows
+            cell = found.get((temperature, scale))
+            text = "" if cell is None else f"{cell.rate.value:.3f} +- {cell.rate.se:.3f}"
+            texts.append(f"**{text}**" if (temperature, scale) == ours else text)
+        rows.append(f"| temperature {temperature:g} | {' | '.join(texts)} |")
+    best = max(found, key=lambda setting: found[setting].rate.value)
+    lead = found[best].lead(found[ours])
+    said = f"best at temperature {best[0]:g}, guidance {best[1]:g}: "
+    return [*rows, "", f"{said}{lead.value:+.3f} +- {1.96 * lead.se:.3f} on the recipe's"]
 
 
 def main() -> int:
@@ -126,7 +135,7 @@ def main() -> int:
     for run_dir in run_dirs:
         subject = subject_of(run_dir)
         grid = itertools.product(arguments.temperature, arguments.guidance_scale)
-        print("", *table(subject, scores(subject, grid, arguments.images_per_prompt)), sep="\n", flush=True)
+        print("", *table(subject, cells(subject, grid, arguments.images_per_prompt)), sep="\n", flush=True)
     return 0
 
 

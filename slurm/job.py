@@ -111,6 +111,7 @@ def work(queue_path: str, slot_number: int, execute: Execute = execute) -> None:
             if free is None:
                 return
     except Stopped:
+        # The end that it was told to come to: what the run has reached lies in its folder.
         pass
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from analysis.compare import comparisons
 from analysis.fit import Fit
 from analysis.laws import law
 from analysis.matched import matched
@@ -31,8 +32,12 @@ def laws_of(*points: Points) -> list[Fit]:
     ]
 
 
+def matched_of(points: tuple[Points, ...], fits: list[Fit]) -> list[dict]:
+    return matched(points, fits, comparisons(points, fits, 0.95)["contrasts"], 0.95)
+
+
 def rows_of(*points: Points) -> dict[str, dict]:
-    return {row["matched"]: row for row in matched(points, laws_of(*points), 0.95)}
+    return {row["matched"]: row for row in matched_of(points, laws_of(*points))}
 
 
 def test_a_heavier_and_dearer_arm_is_ahead_a_rung_level_in_parameters_and_behind_in_compute() -> None:
@@ -64,7 +69,7 @@ def test_a_score_is_taken_as_a_share_of_its_ceiling() -> None:
     share = 1 / (1 + (3e7 / RUNGS) ** 0.5)
     coarse = replace(coarse, **scores, y=0.8 * share, se=np.full(7, 0.01), ceiling=0.8)
     fine = replace(coarse, y=share, ceiling=1.0, group={"arm": "fine"})
-    (row,) = matched((coarse, fine), [], 0.95)
+    (row,) = matched_of((coarse, fine), [])
     assert row["effect"][2] < 0 and row["net_effect"][0] == pytest.approx(0, abs=1e-9)
     assert row["net_effect"][2] == pytest.approx((row["effect"][2] - row["effect"][0]) / 0.8)
 
@@ -72,5 +77,5 @@ def test_a_score_is_taken_as_a_share_of_its_ceiling() -> None:
 def test_a_value_at_its_floor_has_no_net_difference() -> None:
     low = arm("low", 1, 1, 1)
     sunk = replace(low, y=np.append(low.y[:-1], 0.99), group={"arm": "sunk"})
-    (row,) = matched((low, sunk), [], 0.95)
+    (row,) = matched_of((low, sunk), [])
     assert row["net_effect"] is None and row["effect"][0] > 0
