@@ -37,15 +37,23 @@ def glance(doc: Document) -> Listing:
             cells += [_ends(m), _per_doubling(doc, metric, group)]
         rows.append(cells)
     headers = ["", *(h for m in metrics for h in (capital(title_of(m)), "per doubling of N"))]
-    note = "From the smallest to the largest model at the largest data size; change per doubling with its interval."
+    note = (
+        "From the smallest to the largest model at the largest data size, or of one model size from the fewest to the "
+        "most images; means of seeds; change per doubling with its interval."
+    )
     return Listing("At a glance", note, headers, rows)
 
 
 def _ends(m: Document | None) -> str:
+    """The first and the last rung of the ladder, each the mean of its seeds."""
     if m is None:
         return "–"
-    points = sorted((n or 0.0, y) for n, y, top in zip(m["n"], m["y"], m["largest"], strict=True) if top)
-    return f"{digits(points[0][1])} → {digits(points[-1][1])}" if len(points) > 1 else digits(points[0][1])
+    rungs: dict[float, list[float]] = {}
+    for x, y, top in zip(m[m.get("rung_axis", "n")], m["y"], m["largest"], strict=True):
+        if top:
+            rungs.setdefault(x or 0.0, []).append(y)
+    means = [sum(values) / len(values) for _, values in sorted(rungs.items())]
+    return f"{digits(means[0])} → {digits(means[-1])}" if len(means) > 1 else digits(means[0])
 
 
 def _per_doubling(doc: Document, metric: str, group: dict[str, str]) -> str:

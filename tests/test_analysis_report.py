@@ -14,6 +14,7 @@ from PIL import Image
 
 from analysis.changes import changes, in_words
 from analysis.fit_laws import main
+from analysis.listings import glance
 from analysis.published import TABLE
 from analysis.report import build
 from analysis.simulate import ARMS, LADDER, ladder
@@ -43,6 +44,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"torn')
     assert main([str(out / "runs.csv"), "--out", str(out)]) == 0
     return out
+
+
+def test_at_a_glance_runs_along_the_ladder_from_mean_to_mean_of_its_seeds(tmp_path: Path) -> None:
+    frame = ladder(seeds=(0, 1))
+    frame = frame[frame["size"] == frame["size"].iloc[-1]]
+    frame.to_csv(tmp_path / "runs.csv", index=False)
+    assert main([str(tmp_path / "runs.csv"), "--no-report"]) == 0
+    doc = json.loads((tmp_path / "laws.json").read_text())
+    losses = frame.groupby(["token_kind", "order", "images"])["val_loss"].mean().astype(float)
+    cells = {row[0]: row[1] for row in glance(doc).rows}
+    assert len(cells) == 4
+    for (kind, order), arm in losses.groupby(level=[0, 1]):
+        first, last = arm.iloc[0], arm.iloc[-1]
+        assert first > last and cells[f"{kind} · {order}"] == f"{digits(first)} → {digits(last)}"
+    assert (build(tmp_path / "laws.json").parent / "figures/val_loss-vs-d.png").is_file()
+    assert not (tmp_path / "report/figures/val_loss-vs-n.png").exists()
 
 
 def test_laws_json_has_what_is_promised(results: Path) -> None:
