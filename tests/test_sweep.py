@@ -75,10 +75,10 @@ def test_each_size_may_have_seeds_of_its_own(tmp_path):
 
 
 def test_a_size_may_differ_from_its_row(tmp_path):
-    body = "sizes: [50K, 80K]\narms: [discrete-raster]\nimages: [8192]\nby_size: {80K: {model: {num_heads: 3}}}\n"
+    body = "sizes: [50K, 80K]\narms: [discrete-raster]\nimages: [8192]\nby_size: {80K: {model: {num_heads: 2}}}\n"
     runs = load_sweep(write(tmp_path, body)).runs
     rows = {run.size: run.model.num_heads for run in load_sweep("local", sizes=["50K", "80K"]).runs}
-    assert {run.size: run.model.num_heads for run in runs} == {**rows, "80K": 3} != rows
+    assert {run.size: run.model.num_heads for run in runs} == {**rows, "80K": 2} != rows
 
 
 def test_more_seeds_keep_what_the_ladder_has_run():
