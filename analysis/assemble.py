@@ -70,7 +70,7 @@ def _candidates(points: Points, fits: Sequence[Fit]) -> list[Law]:
         if not signed and len(np.unique(points.rung)) >= RUNGS_FOR_A_BREAK:
             out.append(law("broken", axis))
         out += [law("chinchilla", signed_floor=signed)] if two else []
-        out += [law("kaplan")] if two and points.kind == "loss" else []
+        out += [law("kaplan"), law("kaplan-floor")] if two and points.kind == "loss" else []
     return list(dict.fromkeys([*out, *(f.law for f in fits)]))
 
 

@@ -40,10 +40,10 @@ EXAMPLES = """examples:
   python analysis/fit_laws.py points.csv --c flops --metric acc --se acc_se --law logit
   python analysis/fit_laws.py results/local results/icons    what changed, with intervals
 
-laws: power A N^-a | power-floor E + A N^-a | compute E + A C^-a | chinchilla E + A N^-a + B D^-b | kaplan | broken
-(one break) | logit, logit-joint (bounded scores, along one axis or in N and D). A table that cannot answer:
-one line with a [CODE], exit code 2. per_prompt.parquet and per_image.parquet beside the table pair runs prompt by
-prompt and image by image."""
+laws: power A N^-a | power-floor E + A N^-a | compute E + A C^-a | chinchilla E + A N^-a + B D^-b | kaplan |
+kaplan-floor (E more) | broken (one break) | logit, logit-joint (bounded scores, along one axis or in N and D). A table
+that cannot answer: one line with a [CODE], exit code 2. per_prompt.parquet and per_image.parquet beside the table pair
+runs prompt by prompt and image by image."""
 
 
 def parser() -> argparse.ArgumentParser:

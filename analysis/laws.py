@@ -204,6 +204,36 @@ class KaplanLaw:
 
 
 @dataclass(frozen=True)
+class KaplanFloorLaw:
+    """L = E + Kaplan's joint law: his coupling of N and D, and the loss that no size and no data remove.
+
+    Kaplan et al. leave the latter out; Hoffmann et al. 2022 have it without the coupling.
+    """
+
+    name: str = "kaplan-floor"
+    axes: tuple[str, ...] = ("n", "d")
+    parameters: tuple[str, ...] = ("E", *KaplanLaw.parameters)
+
+    def evaluate(self, theta: Array, u: Array) -> tuple[Array, Array]:
+        value, gradient = KaplanLaw().evaluate(theta[:, 1:], u)
+        return theta[:, :1] + value, np.concatenate([np.ones_like(gradient[:, :1]), gradient], axis=1)
+
+    def bounds(self) -> tuple[Array, Array]:
+        low, high = KaplanLaw().bounds()
+        return np.append(0.0, low), np.append(np.inf, high)
+
+    def starts(self, u: Array, y: Array) -> Array:
+        floors = y.min() * np.array([0.02, 0.4, 0.8])
+        rows = [(floor, KaplanLaw().starts(u, y - floor)) for floor in floors]
+        return np.concatenate([np.column_stack([np.full(len(inner), floor), inner]) for floor, inner in rows])
+
+    def public(self, theta: Array, center: Array, scale: float) -> list[Public]:
+        inner = KaplanLaw().public(theta[1:], center, scale)
+        wide = [Public(q.name, q.value, np.append(0.0, q.gradient), q.logarithmic) for q in inner]
+        return [Public("E", float(theta[0]) * scale, _unit(5, _0=scale), False), *wide]
+
+
+@dataclass(frozen=True)
 class BrokenLaw:
     """L = E + A x^-alpha (1 + (x / x_break)^(1/w))^(-delta w): one smooth break, after Caballero et al. 2022."""
 
@@ -322,6 +352,8 @@ def law(name: str, axis: str | None = None, *, signed_floor: bool = False, ceili
         return SumLaw("chinchilla", ("n", "d"), signed_floor=signed_floor)
     if name == "kaplan":
         return KaplanLaw()
+    if name == "kaplan-floor":
+        return KaplanFloorLaw()
     if name == "broken":
         return BrokenLaw(axes=(axis or "n",))
     if name == "logit":
@@ -331,6 +363,8 @@ def law(name: str, axis: str | None = None, *, signed_floor: bool = False, ceili
     raise KeyError(name)
 
 
-LAW_NAMES = ("power", "power-floor", "compute", "chinchilla", "kaplan", "broken", "logit", "logit-joint")
+LAW_NAMES = (
+    "power", "power-floor", "compute", "chinchilla", "kaplan", "kaplan-floor", "broken", "logit", "logit-joint",
+)  # fmt: skip
 # laws of a sum over N and D, whose best split of a budget has a closed form
 SPLIT_LAWS = ("chinchilla", "logit-joint")

@@ -90,7 +90,8 @@ def default_laws(points: Points) -> list[Law]:
     if points.kind == "score":
         one_axis = [law("logit", "n"), law("logit", "c")]
         return one_axis if is_part(points.metric) else [*one_axis, law("logit-joint")]
-    joint = [law("chinchilla", signed_floor=signed), *([law("kaplan")] if points.kind == "loss" else [])]
+    coupled = [law("kaplan"), law("kaplan-floor")] if points.kind == "loss" else []
+    joint = [law("chinchilla", signed_floor=signed), *coupled]
     return [law("power-floor", signed_floor=signed), law("compute", signed_floor=signed), *joint]
 
 

@@ -13,6 +13,7 @@ RNG = np.random.default_rng(0)
 THETAS = {
     "power": [0.1, 0.3], "power-floor": [0.4, -0.5, 0.3], "compute": [0.4, -0.5, 0.1],
     "chinchilla": [0.5, -1.0, -1.2, 0.34, 0.28], "kaplan": [0.2, -0.1, 0.08, 0.11],
+    "kaplan-floor": [0.3, 0.2, -0.1, 0.08, 0.11],
     "broken": [0.3, -0.4, 0.3, 0.15, 0.2], "logit": [0.3, 0.6],
     "logit-joint": [-0.5, -0.4, -0.9, 0.34, 0.28],
 }  # fmt: skip
@@ -51,8 +52,9 @@ def test_public_gradient_is_the_derivative(name: str) -> None:
 
 def formula(name: str, q: dict[str, float], n: np.ndarray, d: np.ndarray) -> np.ndarray:
     """The laws as users read them, in the table's units."""
-    if name == "kaplan":
-        return ((q["N_c"] / n) ** (q["alpha_N"] / q["alpha_D"]) + q["D_c"] / d) ** q["alpha_D"]
+    if name.startswith("kaplan"):
+        coupled = (q["N_c"] / n) ** (q["alpha_N"] / q["alpha_D"]) + q["D_c"] / d
+        return q.get("E", 0.0) + coupled ** q["alpha_D"]
     if name == "logit":
         return 1 / (1 + np.exp(-(q["intercept"] + q["slope"] * np.log(6 * n * d))))
     if name == "logit-joint":
@@ -80,6 +82,7 @@ TRUTHS: dict[str, dict[str, float]] = {
     "compute": {"E": 1.9, "A": 900.0, "alpha": 0.16},
     "chinchilla": CHINCHILLA,
     "kaplan": {"N_c": 8.8e13, "D_c": 5.4e13, "alpha_N": 0.076, "alpha_D": 0.095},
+    "kaplan-floor": {"E": 1.4, "N_c": 3.0e7, "D_c": 2.0e9, "alpha_N": 0.31, "alpha_D": 0.36},
     "broken": {"E": 1.1, "A": 300.0, "alpha": 0.3, "delta": 0.25, "x_break": 1.5e9},
     "logit": {"intercept": -12.0, "slope": 0.28},
     "logit-joint": {"E": -2.0, "A": 900.0, "B": 1200.0, "alpha": 0.34, "beta": 0.28},
