@@ -223,7 +223,7 @@ class KaplanFloorLaw:
         return np.append(0.0, low), np.append(np.inf, high)
 
     def starts(self, u: Array, y: Array) -> Array:
-        floors = y.min() * np.array([0.02, 0.4, 0.8])
+        floors = y.min() * np.array([0.1, 0.7])
         rows = [(floor, KaplanLaw().starts(u, y - floor)) for floor in floors]
         return np.concatenate([np.column_stack([np.full(len(inner), floor), inner]) for floor, inner in rows])
 
