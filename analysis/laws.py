@@ -224,8 +224,7 @@ class KaplanFloorLaw:
 
     def starts(self, u: Array, y: Array) -> Array:
         floors = y.min() * np.array([0.1, 0.7])
-        rows = [(floor, KaplanLaw().starts(u, y - floor)) for floor in floors]
-        return np.concatenate([np.column_stack([np.full(len(inner), floor), inner]) for floor, inner in rows])
+        return np.concatenate([np.insert(KaplanLaw().starts(u, y - floor), 0, floor, axis=1) for floor in floors])
 
     def public(self, theta: Array, center: Array, scale: float) -> list[Public]:
         inner = KaplanLaw().public(theta[1:], center, scale)
