@@ -12,6 +12,8 @@ from analysis.panels import MUTED, colour, grid, label_of, log_axis, marker, nam
 from analysis.table import is_part
 
 AXIS_NAMES = {"n": "parameters N", "d": "training images D", "c": "training compute C (FLOPs)"}
+# more names than these find no place that hides no point
+FEW_NAMES = 4
 METRIC_NAMES = {
     "val_loss": "validation loss", "val_nll": "validation NLL", "fd": "Fréchet distance", "fid": "FID",
     "geneval": "GenEval-protocol score", "geneval_unseen": "score, unseen combinations",
@@ -95,7 +97,7 @@ def _limits(items: list[Document], fits: list[Document], reach: float) -> tuple[
         # One value alone has no range of its own.
         pad = 0.08 * ((high - low) or abs(high) or 1.0)
         return low - pad, high + pad
-    pad = (high / low) ** 0.12
+    pad = (high / low) ** 0.12 if high > low else 1.1
     return low / pad, high * pad
 
 
@@ -189,7 +191,9 @@ def _panel(ax: Axes, doc: Document, metric: str, axis: str, members: list[Docume
     ax.set_title(next(iter(kinds)) if len(kinds) == 1 and kinds != {""} else title_of(metric))
     ax.set_xlabel(axis_name(doc, axis))
     ax.set_ylabel(f"{title_of(metric)}" + (f"\n({unit})" if unit else ""))
-    if len(members) > 1 or overlaid:
+    if len(members) + len(overlaid) > FEW_NAMES:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    elif len(members) > 1 or overlaid:
         ax.legend(loc="best")
 
 
