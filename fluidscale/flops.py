@@ -21,10 +21,11 @@ def params(spec: ModelSpec) -> dict[str, int]:
     d, tokens = spec.width, spec.num_tokens
     slots = tokens + spec.buffer_tokens
     embed = (2 + slots) * d + (spec.vocab_size * d if spec.head is None else _linear(spec.token_channels, d))
-    aligner = spec.aligner_depth * _block(spec, cross=False, positions=0)
+    aligner = spec.aligner_depth * _block(spec, cross=False)
     text = spec.text_vocab_size * spec.text_width + _linear(spec.text_width, d) + spec.text_length * d + aligner + 3 * d
-    positions = slots if spec.position == "every_layer" else 0
-    body = spec.depth * _block(spec, cross=True, positions=positions) + 2 * d
+    # Position tables of each block: queries and keys of self-attention, queries of cross-attention.
+    tables = {"input": 0, "every_layer": 2, "every_attention": 3}[spec.position]
+    body = spec.depth * (_block(spec, cross=True) + tables * slots * d) + 2 * d
     head = _linear(d, spec.vocab_size) if spec.head is None else _denoiser(spec, spec.head)
     return {"embed": embed, "text": text, "body": body, "head": head, "total": embed + text + body + head}
 
@@ -33,9 +34,9 @@ def _linear(inputs: int, outputs: int) -> int:
     return (inputs + 1) * outputs
 
 
-def _block(spec: ModelSpec, cross: bool, positions: int) -> int:
+def _block(spec: ModelSpec, cross: bool) -> int:
     d, hidden = spec.width, spec.mlp_ratio * spec.width
-    attention = _linear(d, 3 * d) + _linear(d, d) + 2 * d * positions
+    attention = _linear(d, 3 * d) + _linear(d, d)
     crossing = _linear(d, d) + _linear(d, 2 * d) + _linear(d, d) + 2 * d if cross else 0
     return attention + crossing + _linear(d, hidden) + _linear(hidden, d) + 4 * d
 

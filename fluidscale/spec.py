@@ -17,6 +17,9 @@ from typing import Any, TypeVar
 TOKEN_KINDS = ("continuous", "discrete")
 ORDERS = ("random", "raster")
 MASK_LAWS = ("cosine", "uniform", "mar", "mar_sample")  # of random order: model/order.py
+# Where a slot's place is told: at the input alone; also to the queries and keys of every self-attention (learned, with
+# 2-D rotary angles); also to the queries of every cross-attention to the text (learned).
+POSITIONS = ("input", "every_layer", "every_attention")
 # Which solvers draw tokens with a denoising head of each objective: model/solvers.py.
 SOLVERS = {
     "eps": ("ddpm", "ddpm_clamped", "ddim", "dpmpp_2m"),
@@ -28,7 +31,7 @@ ARMS = tuple(f"{kind}-{order}" for kind in TOKEN_KINDS for order in ORDERS)
 # Fields added after the first release: absent from the canonical form while they hold their default.
 _ADDED_LATER: dict[str, set[str]] = {
     "RunSpec": {"text_encoder_sha256"},
-    "ModelSpec": {"encoder_depth", "buffer_tokens"},
+    "ModelSpec": {"encoder_depth", "buffer_tokens", "text_init_std"},
     "TrainSpec": {"decay_shape", "decay_head"},
     "SamplingSpec": {"final_denoising_steps"},
     "EvaluateSpec": {"stepwise_images", "geneval_unseen", "judges", "geneval_prompts_sha256", "fid_prompts_sha256"},
@@ -68,11 +71,14 @@ class ModelSpec:
     text_length: int
     aligner_depth: int
     mlp_ratio: int = 4
-    position: str = "input"  # input | every_layer (learned, added to q and k, with 2-D rotary)
+    position: str = "input"  # one of POSITIONS
     mask_law: str = "none"  # raster: none; random: one of MASK_LAWS
     head: DiffusionSpec | None = None  # None: softmax
     encoder_depth: int = 0  # random: of `depth`, the blocks before mask tokens enter (MAR's encoder); 0: one stack
     buffer_tokens: int = 0  # random: learned vectors before the image's tokens, which every slot sees (MAR: 64)
+    # Of embedded words (where the model embeds them) and of their places, at the start. A block's first output is of
+    # order 1: beside MAR's .02 it drowns which word stands where.
+    text_init_std: float = 0.02
 
     @property
     def num_tokens(self) -> int:

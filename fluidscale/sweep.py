@@ -331,7 +331,7 @@ def check(spec: RunSpec, where: str) -> None:
     rules = (
         (rest, f"width {model.width} is not divisible by num_heads {model.num_heads}; change its row in sizes.yaml"),
         (
-            model.position == "every_layer" and head_dim % 4,
+            model.position != "input" and head_dim % 4,
             f"2-D rotary positions need a head dimension divisible by 4, got {head_dim}; change num_heads",
         ),
         (

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import POSITIONS, arm_spec, awake, sampling_of, text_of, tokens_of, with_encoder
 
+from fluidscale.model.build import build
 from fluidscale.model.generator import generate
 from fluidscale.model.order import Random, Raster
 from fluidscale.model.transformer import Place, Text, rotary_table, rows_of
@@ -30,6 +31,19 @@ def test_rotary_products_depend_on_the_offset_in_rows_and_columns_only():
     assert torch.allclose(at[3, 0, 1, 2], at[2, 1, 0, 3], atol=1e-5)
     assert not torch.allclose(at[0, 0, 1, 2], at[0, 0, 2, 1], atol=1e-3)
     assert torch.allclose(rotate(q, cos[5], sin[5]).norm(), q.norm())
+
+
+def test_text_starts_as_large_as_the_spec_says_and_nothing_else_moves():
+    spec = arm_spec("discrete-random")
+    states = []
+    for changed in (spec, dataclasses.replace(spec, text_init_std=1.0)):
+        torch.manual_seed(0)
+        states.append(build(changed).state_dict())
+    small, large = states
+    factors = {"text.words.weight": 50, "text.position": 50}
+    for name, value in small.items():
+        assert torch.allclose(large[name], value * factors.get(name, 1), rtol=1e-5), name
+    assert small["text.position"].std() == pytest.approx(0.02, rel=0.3)
 
 
 def test_padding_words_change_nothing():

@@ -8,12 +8,11 @@ import torch
 
 from fluidscale.model.build import FluidModel, build
 from fluidscale.model.transformer import Text
-from fluidscale.spec import ARMS, DiffusionSpec, ModelSpec, SamplingSpec
+from fluidscale.spec import ARMS, POSITIONS, DiffusionSpec, ModelSpec, SamplingSpec
 
 # Models this small are slower on two threads, far slower where others use the cores.
 torch.set_num_threads(1)
 
-POSITIONS = ("input", "every_layer")
 CODES, CHANNELS, WORDS, TEXT_LENGTH = 24, 6, 12, 5
 # The robust solver of each objective.
 SOLVERS = {"eps": "ddpm_clamped", "v": "dpmpp_2m", "flow": "euler"}

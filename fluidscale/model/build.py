@@ -12,9 +12,7 @@ from fluidscale.model.diffusion import OBJECTIVES, Noise
 from fluidscale.model.head import HEADS
 from fluidscale.model.order import ORDERS, View
 from fluidscale.model.transformer import Cache, Text, TextEncoder, Trunk
-from fluidscale.spec import InvalidInput, ModelSpec
-
-POSITIONS = ("input", "every_layer")
+from fluidscale.spec import POSITIONS, InvalidInput, ModelSpec
 
 
 class FluidModel(nn.Module):
@@ -112,7 +110,7 @@ def check(spec: ModelSpec) -> None:
     head_dim, rest = divmod(spec.width, spec.num_heads)
     if rest:
         raise InvalidInput(f"width {spec.width} is not divisible by num_heads {spec.num_heads}")
-    if spec.position == "every_layer" and head_dim % 4:
+    if spec.position != "input" and head_dim % 4:
         raise InvalidInput(f"2-D rotary positions need a head dimension divisible by 4, got {head_dim}")
     if spec.token_kind == "discrete" and (spec.head is not None or spec.vocab_size < 2):
         raise InvalidInput("discrete tokens need vocab_size >= 2 and no diffusion head")

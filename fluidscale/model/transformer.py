@@ -20,6 +20,9 @@ from fluidscale.spec import ModelSpec
 # MAR (arXiv 2406.11838).
 NORM_EPS = 1e-6
 EMBED_STD = 0.02
+# Cross-attention's queries are of order 1 after a normed input; what tells their place starts larger. At .3 relations
+# were learned late, at 1, 2 and 4 early (LOG.md).
+QUERY_STD = 2.0
 # RoPE for vision, axial form (arXiv 2403.13298): images are short sequences, so its base is 100 and not 10000.
 ROTARY_BASE = 100.0
 
@@ -78,6 +81,12 @@ class Place:
     rotary: tuple[Tensor, Tensor] | None = None  # (1 or B, S, 1, 1, head dim)
     mask: Tensor | None = field(default=None)  # bool (B, 1, 1, S): keys that exist
 
+    def of(self, wanted: Tensor | None) -> Tensor | None:
+        """The positions of all slots, or of those `wanted`, int64 (B, k)."""
+        if wanted is None or self.positions is None:
+            return self.positions
+        return self.positions.expand(len(wanted), -1).gather(1, wanted)
+
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """Xavier-uniform weight, zero bias (MAR)."""
@@ -87,10 +96,10 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
-def table(*shape: int) -> nn.Parameter:
-    """A learned vector, or a table of them, from N(0, .02)."""
+def table(*shape: int, std: float = EMBED_STD) -> nn.Parameter:
+    """A learned vector, or a table of them, from N(0, std)."""
     parameter = nn.Parameter(torch.empty(*shape))
-    nn.init.normal_(parameter, std=EMBED_STD)
+    nn.init.normal_(parameter, std=std)
     return parameter
 
 
@@ -142,16 +151,26 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Image slots attend to text; the text's keys and values are computed once per image when sampling."""
+    """Image slots attend to text; the text's keys and values are computed once per image when sampling.
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    `num_positions` > 0 gives the queries a learned position table: which word matters to a slot depends on its place.
+    """
+
+    def __init__(self, width: int, num_heads: int, num_positions: int = 0) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q, self.kv, self.out = linear(width, width), linear(width, 2 * width), linear(width, width)
+        self.position = table(num_positions, width, std=QUERY_STD) if num_positions else None
 
-    def forward(self, x: Tensor, text: Text, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, text: Text, positions: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """(B, S, d) for slots (B, S, d) at `positions`, int64 (1 or B, S)."""
         batch, slots, width = x.shape
-        q = self.q(x).view(batch, slots, self.num_heads, -1).transpose(1, 2)
+        q = self.q(x)
+        if self.position is not None and positions is not None:
+            q = q + F.embedding(positions, self.position)
+        q = q.view(batch, slots, self.num_heads, -1).transpose(1, 2)
         if cache is not None and cache.text is not None:
             k, v = cache.text
         else:
@@ -166,12 +185,15 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """A pre-norm residual block; without `cross` it is a block of the text aligner."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: int, cross: bool, num_positions: int = 0) -> None:
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: int, cross: bool, num_positions: int = 0, query_positions: int = 0
+    ) -> None:
+        """Position tables of self-attention and of cross-attention's queries, where they have rows."""
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.attention = SelfAttention(width, num_heads, num_positions)
         self.cross_norm = nn.LayerNorm(width, eps=NORM_EPS) if cross else None
-        self.cross = CrossAttention(width, num_heads) if cross else None
+        self.cross = CrossAttention(width, num_heads, query_positions) if cross else None
         self.mlp_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = nn.Sequential(linear(width, mlp_ratio * width), nn.GELU(), linear(mlp_ratio * width, width))
 
@@ -187,7 +209,7 @@ class Block(nn.Module):
         mixed = self.attention(self.attention_norm(x), place, cache, wanted)
         x = (x if wanted is None else rows_of(x, wanted)) + mixed
         if self.cross is not None and self.cross_norm is not None and text is not None:
-            x = x + self.cross(self.cross_norm(x), text, cache)
+            x = x + self.cross(self.cross_norm(x), text, place.of(wanted), cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -198,9 +220,9 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.words = nn.Embedding(spec.text_vocab_size, spec.text_width) if spec.text_vocab_size else None
         if self.words is not None:
-            nn.init.normal_(self.words.weight, std=EMBED_STD)
+            nn.init.normal_(self.words.weight, std=spec.text_init_std)
         self.project = linear(spec.text_width, spec.width)
-        self.position = table(spec.text_length, spec.width)
+        self.position = table(spec.text_length, spec.width, std=spec.text_init_std)
         self.blocks = nn.ModuleList(
             Block(spec.width, spec.num_heads, spec.mlp_ratio, cross=False) for _ in range(spec.aligner_depth)
         )
@@ -236,11 +258,12 @@ class Trunk(nn.Module):
         self.causal, self.grid, self.head_dim = causal, spec.grid, spec.width // spec.num_heads
         self.encoder_depth, self.num_buffers = spec.encoder_depth, spec.buffer_tokens
         slots = spec.num_tokens + spec.buffer_tokens  # the buffers' positions come last
-        everywhere = slots if spec.position == "every_layer" else 0
+        everywhere = slots if spec.position != "input" else 0
+        asking = slots if spec.position == "every_attention" else 0
         self.special = table(2, spec.width)  # read by START and MASK
         self.position = table(slots, spec.width)
         self.blocks = nn.ModuleList(
-            Block(spec.width, spec.num_heads, spec.mlp_ratio, cross=True, num_positions=everywhere)
+            Block(spec.width, spec.num_heads, spec.mlp_ratio, True, num_positions=everywhere, query_positions=asking)
             for _ in range(spec.depth)
         )
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
