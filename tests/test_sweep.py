@@ -35,7 +35,7 @@ def test_local_is_four_arms_by_five_sizes_by_three_data_sizes():
 
 def test_only_the_largest_data_size_is_evaluated_in_full():
     for run in load_sweep("local", arms=["continuous-random"]).runs:
-        assert (run.evaluate.fd_images > 0) == (run.images == 114688)
+        assert (run.evaluate.fd_images > 0) == (run.images == 98304)
 
 
 def test_filters_keep_what_they_name_and_say_so():
