@@ -1,8 +1,8 @@
 """Does a model know which of two objects stands where? Without drawing: is a scene likelier under its own caption than
 under the opposite one?
 
-    make sweep SWEEP=seeds
-    python benchmarks/relations.py runs --sweep seeds       the table of benchmarks/relations.md
+    make sweep
+    python benchmarks/relations.py runs --sweep local       the table of benchmarks/relations.md
 
 "an apple left of a cat" becomes "an apple right of a cat", for 256 validation scenes with a relation; counted are those
 whose training loss, under the same noise, is lower with what they show. A model that has not learned relations is at
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.sampling import subject_of
 from fluidscale.evaluate import Subject
-from fluidscale.evaluate.validation import generator, stack
+from fluidscale.evaluate.validation import fixed_tokens, generator, stack
 from fluidscale.folder import RunFolder
 from fluidscale.spec import RunSpec
 from fluidscale.sweep import load_sweep
@@ -49,8 +49,7 @@ def share_right(subject: Subject, scenes: list[Scene]) -> float:
     """The share of scenes (n) whose loss is lower under their own caption."""
     model, length = subject.model, subject.spec.model.num_tokens
     encoded = subject.tokenizer.encode(np.stack([subject.world.render(scene) for scene in scenes]))
-    parts = [subject.tokenizer.sample(encoded[k : k + 1], generator(k, -1)) for k in range(len(scenes))]
-    tokens = torch.cat(parts).to(subject.device)
+    tokens = fixed_tokens(subject, encoded, 0)
     if model.order.causal:
         view = stack([model.order.training_view(1, length, generator(k, 0)) for k in range(len(scenes))])
     else:
@@ -89,7 +88,7 @@ def table(shares: dict[tuple[str, str], dict[str, list[float]]]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"), help="folder of runs; default: runs")
-    parser.add_argument("--sweep", default="seeds", help="whose runs; default: %(default)s")
+    parser.add_argument("--sweep", default="local", help="whose runs; default: %(default)s")
     arguments = parser.parse_args()
     specs = chosen(arguments.runs, arguments.sweep)
     if not specs:

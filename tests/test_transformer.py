@@ -83,10 +83,11 @@ def test_frozen_features_enter_without_a_vocabulary():
     assert z.shape == (3, 9, 16) and z.isfinite().all() and model.text.words is None
 
 
-def test_shared_positions_are_a_shortcut_and_nothing_else():
+@pytest.mark.parametrize("position", POSITIONS)
+def test_shared_positions_are_a_shortcut_and_nothing_else(position):
     for order in (Raster(), Random("cosine")):
         name = "raster" if order.causal else "random"
-        model = awake(arm_spec(f"discrete-{name}", "every_layer"))
+        model = awake(arm_spec(f"discrete-{name}", position))
         view = order.training_view(3, 9, torch.Generator().manual_seed(0))
         assert len(view.distinct_positions) == 1
         written_out = type(view)(view.reads, view.positions.contiguous(), view.counted)

@@ -80,8 +80,13 @@ def stack(views: list[View]) -> View:
 def validation_batch(subject: Subject, first: int, count: int) -> tuple[Tensor, Text]:
     """Tokens and text of validation images first .. first + count; continuous tokens are one fixed posterior draw."""
     encoded, text = subject.source.validation(first, count)
-    parts = [subject.tokenizer.sample(encoded[k : k + 1], generator(first + k, -1)) for k in range(count)]
-    return torch.cat(parts).to(subject.device), text.to(subject.device)
+    return fixed_tokens(subject, encoded, first), text.to(subject.device)
+
+
+def fixed_tokens(subject: Subject, encoded: Tensor, first: int) -> Tensor:
+    """Tokens of encoded images numbered from `first`; continuous ones are a posterior draw of each number's own."""
+    parts = [subject.tokenizer.sample(encoded[k : k + 1], generator(first + k, -1)) for k in range(len(encoded))]
+    return torch.cat(parts).to(subject.device)
 
 
 def generator(index: int, stream: int) -> torch.Generator:
