@@ -80,12 +80,11 @@ def _turn(runs: Path) -> Iterator[None]:
         yield
 
 
-def _follow(mirror: Mirror, runs: Path) -> int:
-    """Keeps the store level until SIGTERM or SIGINT, or until the process that started this one is gone."""
+def _follow(mirror: Mirror, runs: Path, parent: int) -> int:
+    """Keeps the store level until SIGTERM or SIGINT, or until the process that started this one, `parent`, is gone."""
     stop = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.set())
-    parent = os.getppid()
     while not stop.wait(PAUSE_SECONDS) and os.getppid() == parent:
         level(mirror, runs)
     return level(mirror, runs)
@@ -100,6 +99,11 @@ def main(argv: list[str] | None = None) -> int:
         "--tracking-uri", help="MLflow store; default: $MLFLOW_TRACKING_URI, else RUNS/mlflow/mlflow.db"
     )
     parser.add_argument("--follow", action="store_true", help="stay and mirror what is new until told to stop")
+    # Whoever starts a follower says its own number: asked for here, a parent that died meanwhile would go unnoticed.
+    parser.add_argument(
+        "--parent", type=int, default=os.getppid(), metavar="PID",
+        help="with --follow: end when this process, which started this one, is gone (default: whichever did)",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     log.setLevel(logging.INFO)
@@ -112,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     except InvalidInput as error:
         print(error, file=sys.stderr)
         return 2
-    failures = _follow(mirror, arguments.runs) if arguments.follow else level(mirror, arguments.runs)
+    failures = _follow(mirror, arguments.runs, arguments.parent) if arguments.follow else level(mirror, arguments.runs)
     return 1 if failures else 0
 
 

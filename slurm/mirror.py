@@ -5,6 +5,7 @@ It ends by itself when the launcher is gone, however that died.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -43,7 +44,15 @@ class Mirror:
         log = layout.scheduler_dir(self._runs_dir) / "mirror.log"
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fluidscale.sync", str(self._runs_dir), "--follow"],
+                [
+                    sys.executable,
+                    "-m",
+                    "fluidscale.sync",
+                    str(self._runs_dir),
+                    "--follow",
+                    "--parent",
+                    str(os.getpid()),
+                ],
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,

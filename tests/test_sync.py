@@ -155,3 +155,12 @@ def test_a_run_speaks_to_no_tracker_in_its_own_process(tmp_path, tiny_spec):
     environment = {**os.environ, "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     answer = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert answer.returncode == 0, answer.stderr
+
+
+def test_a_follower_whose_launcher_died_before_it_was_up_ends_by_itself(runs):
+    script = f'"{sys.executable}" -m fluidscale.sync "{runs}" --follow --parent $$ >/dev/null 2>&1 & echo $!'
+    follower = int(subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout)
+    end = time.monotonic() + 120
+    while os.path.exists(f"/proc/{follower}"):
+        assert time.monotonic() < end, "it follows for nobody"
+        time.sleep(0.2)
