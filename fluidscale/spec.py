@@ -32,7 +32,7 @@ ARMS = tuple(f"{kind}-{order}" for kind in TOKEN_KINDS for order in ORDERS)
 _ADDED_LATER: dict[str, set[str]] = {
     "RunSpec": {"text_encoder_sha256"},
     "ModelSpec": {"encoder_depth", "buffer_tokens", "text_init_std"},
-    "TrainSpec": {"decay_shape", "decay_head"},
+    "TrainSpec": {"decay_shape", "decay_head", "lr_vectors"},
     "SamplingSpec": {"final_denoising_steps"},
     "EvaluateSpec": {"stepwise_images", "geneval_unseen", "judges", "geneval_prompts_sha256", "fid_prompts_sha256"},
 }
@@ -132,6 +132,8 @@ class TrainSpec:
     text_drop: float
     decay_shape: str = "linear"  # linear | cosine (half a period)
     decay_head: bool = True  # whether weight decay acts on the denoising head; MAR leaves it out
+    # The rate of embeddings, tables of places, biases and gains: of all but linear maps' matrices. None: `lr`, as in MAR.
+    lr_vectors: float | None = None
 
     @property
     def branch_step(self) -> int:

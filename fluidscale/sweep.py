@@ -306,7 +306,7 @@ def _train(train: dict[str, Any], images: int, width: int, where: str) -> dict[s
     """Images, fractions and the rate's rule become the numbers that the loop uses.
 
     With `lr_width`, `lr` is the rate at that width and others get lr * lr_width / width: Adam's rate for matrices under
-    maximal-update scaling (arXiv 2203.03466, Table 3).
+    maximal-update scaling (arXiv 2203.03466, Table 3), under which `lr_vectors` is one for all widths.
     """
     known = {f.name for f in fields(TrainSpec)} - {"steps", "decay_steps"} | {"decay_fraction", "lr_width"}
     for key in train:
@@ -358,7 +358,10 @@ def check(spec: RunSpec, where: str) -> None:
             not (spec.data.world or spec.data.manifest_sha256) and spec.tokenizer_sha256,
             "data.world or data.shards is missing: name a row of sweeps/worlds.yaml, or a folder of encoded images",
         ),
-        (train.lr <= 0 or train.batch <= 0, "train.lr and train.batch must be positive"),
+        (
+            train.lr <= 0 or train.batch <= 0 or (train.lr_vectors is not None and train.lr_vectors <= 0),
+            "train.lr (and lr_vectors, where given) and train.batch must be positive",
+        ),
         (train.decay_shape not in ("linear", "cosine"), f"train.decay_shape {train.decay_shape!r}: linear or cosine"),
         (
             not train.batch <= spec.data.images_unique,

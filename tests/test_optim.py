@@ -8,7 +8,7 @@ import pytest
 from tiny_models import arm_spec, awake
 
 from fluidscale.spec import TrainSpec
-from fluidscale.train.optim import adamw, lr_at
+from fluidscale.train.optim import adamw, lr_at, set_lr
 
 TRAIN = TrainSpec(1e-3, 8, 100, 60, 10, 0.02, 0.9, 0.95, 1.0, 0.99, 0.1)
 
@@ -35,3 +35,31 @@ def test_decay_acts_on_matrices_and_on_the_head_if_asked():
         head = [name for name in decayed if name.startswith("head.denoiser")]
         assert bool(head) == train.decay_head
         assert "trunk.blocks.0.mlp.0.weight" in decayed and "head.inward.weight" in decayed
+
+
+@pytest.mark.parametrize("arm", ["continuous-random", "discrete-raster"])
+def test_what_is_no_linear_maps_matrix_has_a_rate_of_its_own(arm):
+    model = awake(arm_spec(arm))
+    names = {id(p): name for name, p in model.named_parameters()}
+    train = dataclasses.replace(TRAIN, lr_vectors=4e-3)
+    optimizer = adamw(model, train)
+    for step in (3, 50, 90):
+        set_lr(optimizer, train, step)
+        rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert rates.keys() == set(names.values())
+        own = {name for name, rate in rates.items() if rate == pytest.approx(4 * lr_at(train, step))}
+        assert all(rates[name] == lr_at(train, step) for name in rates.keys() - own)
+        assert {"trunk.position", "trunk.special", "text.words.weight", "trunk.norm.weight"} <= own
+        assert not own & {"trunk.blocks.0.mlp.0.weight", "trunk.blocks.0.cross.q.weight", "text.project.weight"}
+    decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {name for name, p in model.named_parameters() if p.ndim >= 2}
+
+
+def test_one_rate_keeps_the_groups_of_older_checkpoints():
+    model = awake(arm_spec("continuous-random"))
+    optimizer = adamw(model, TRAIN)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [TRAIN.weight_decay, 0]
+    for group in optimizer.param_groups:
+        del group["lr_scale"]
+    set_lr(optimizer, TRAIN, 20)
+    assert [group["lr"] for group in optimizer.param_groups] == [TRAIN.lr, TRAIN.lr]

@@ -13,7 +13,7 @@ from fluidscale.model.deferred import Fill, draw_values
 from fluidscale.model.transformer import Text
 from fluidscale.spec import RunSpec
 from fluidscale.train.batches import Batch, Share, StepDraws, draw_step, visited
-from fluidscale.train.optim import adamw, lr_at
+from fluidscale.train.optim import adamw, set_lr
 from fluidscale.train.sharding import recompute, shard
 
 
@@ -59,8 +59,7 @@ class FluidModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         step, part, tokens, *text = batch
-        for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
-            group["lr"] = lr_at(self.spec.train, step)
+        set_lr(self.optimizers(use_pl_optimizer=False), self.spec.train, step)  # type: ignore[arg-type]
         if self._draws is None or self._draws[0] != step:
             self._draws = step, draw_step(self.model, self.spec, step)
         everyone = self._draws[1]
