@@ -109,11 +109,12 @@ def _run_variance(fit: Fit, value: Array) -> Array:
 def _shift(fit: Fit, value: Array, by: Array) -> Array:
     if fit.points.kind == "signed":
         return value + by
+    by = np.clip(by, -50, 50)  # an interval so wide ends nowhere
     if fit.points.kind == "score":
         ceiling = getattr(fit.law, "ceiling", 1.0)
         share = np.clip(value / ceiling, 1e-9, 1 - 1e-9)
         return ceiling / (1 + np.exp(-(np.log(share / (1 - share)) + by)))
-    return value * np.exp(np.clip(by, -50, 50))
+    return value * np.exp(by)
 
 
 def allocation_exponent(fit: Fit, level: float = LEVEL) -> tuple[float, float, float] | None:

@@ -132,7 +132,7 @@ class TrainSpec:
     text_drop: float
     decay_shape: str = "linear"  # linear | cosine (half a period)
     decay_head: bool = True  # whether weight decay acts on the denoising head; MAR leaves it out
-    # The rate of embeddings, tables of places, biases and gains: of all but linear maps' matrices. None: `lr`, as in MAR.
+    # The rate of embeddings, places, biases and gains: of all but linear maps' matrices. None: `lr`, as in MAR.
     lr_vectors: float | None = None
 
     @property

@@ -71,6 +71,16 @@ def test_score_bands_stay_inside_their_bounds() -> None:
     assert 0 < said.run_low < said.low < said.mean < said.high < said.run_high < 1
 
 
+def test_a_score_far_from_three_noisy_points_is_anything_without_a_warning() -> None:
+    n, d = grid(3, 1)
+    p = chinchilla_points(n, d, 0.0, np.random.default_rng(0))
+    y = np.clip(0.5 + 0.3 * np.random.default_rng(2).normal(size=3), 0.01, 0.99)
+    fitted = fit(law("logit", "n"), replace(p, y=y, kind="score", se=np.full(3, 0.02)))
+    with np.errstate(over="raise"):
+        said = predict(fitted, n=1e40)
+    assert 0 <= said.low < 1e-9 and 1 - 1e-9 < said.high <= 1
+
+
 def test_seed_noise_is_measured_from_replicates_only() -> None:
     n, d = grid(4, 1)
     n, d = np.tile(n, 3), np.tile(d, 3)
