@@ -7,7 +7,6 @@ import signal
 
 import numpy as np
 import pytest
-import torch
 from processes import together
 from safetensors.torch import load_file
 
@@ -56,9 +55,11 @@ def test_five_steps_are_the_same_in_one_process_and_in_two_ddp_or_fsdp(tmp_path,
         assert records[0]["status"] == straight["status"] == "done" and records[1] is None
         assert loss_of(folder) == pytest.approx(loss_of(tmp_path / "one" / spec.id), rel=1e-5)
         # Adam takes steps of the learning rate where the gradient is rounding alone (a key's bias has none), so that
-        # what rounding may move is a share of the rate.
+        # rounding may move one number by a share of a step, as far as the average of weights lets it in, and not many.
+        step = (1 - spec.train.ema_decay) * spec.train.lr
         for name, tensor in weights(tmp_path / "one" / spec.id).items():
-            assert torch.allclose(weights(folder)[name], tensor, atol=1e-3 * spec.train.lr), name
+            apart = (weights(folder)[name] - tensor).abs()
+            assert apart.max() <= 0.5 * step and apart.mean() <= 0.02 * step, name
 
 
 def test_a_world_is_judged_by_two_processes_as_by_one(tmp_path, tiny_spec):
