@@ -42,17 +42,18 @@ class Mirror:
             return
         self._starts += 1
         log = layout.scheduler_dir(self._runs_dir) / "mirror.log"
+        command = [
+            sys.executable,
+            "-m",
+            "fluidscale.sync",
+            str(self._runs_dir),
+            "--follow",
+            "--parent",
+            str(os.getpid()),
+        ]
         with open(log, "ab") as output:
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "fluidscale.sync",
-                    str(self._runs_dir),
-                    "--follow",
-                    "--parent",
-                    str(os.getpid()),
-                ],
+                command,
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
