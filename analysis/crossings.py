@@ -48,7 +48,9 @@ def _first_crossing(difference: Array, x: Array) -> Array:
 def crossing(a: Fit, b: Fit, level: float, rng: np.random.Generator) -> dict[str, Any] | None:
     """Where the laws of two arms meet along their common axis: point, interval, and how often they meet at all.
 
-    None for unlike units or axes. The interval is over the draws that meet within REACH decades of the data.
+    None for unlike units or axes. The interval is over the draws that meet within REACH decades of the data; there is
+    none where fewer than half of them do, or where it would not hold the laws' own place: nearly parallel laws meet far
+    below the data in some draws and far above in others.
     """
     if not comparable(a.points, b.points) or a.law.axes != b.law.axes or a.law.axes[1:]:
         return None
@@ -59,11 +61,11 @@ def crossing(a: Fit, b: Fit, level: float, rng: np.random.Generator) -> dict[str
     met = _first_crossing(curves(a, draw(a, DRAWS, rng), x) - curves(b, draw(b, DRAWS, rng), x), x)
     share = float(np.isfinite(met).mean())
     tail = 50 * (1 - level)
-    found = met[np.isfinite(met)]
-    bounds = [float(v) for v in np.percentile(found, [tail, 100 - tail])] if share > 0.5 else None
+    low, high = np.percentile(met[np.isfinite(met)], [tail, 100 - tail]) if share > 0.5 else (np.nan, np.nan)
     return {
         "metric": a.points.metric, "unit": a.points.unit, "a": a.points.name, "b": b.points.name, "axis": axis,
-        "at": float(best) if np.isfinite(best) else None, "interval": bounds, "share_of_draws": share,
+        "at": float(best) if np.isfinite(best) else None,
+        "interval": [float(low), float(high)] if low <= best <= high else None, "share_of_draws": share,
         "inside_data": bool(np.isfinite(best) and values.min() <= best <= values.max()),
         **crossings_by_seed(a, b, x, level),
     }  # fmt: skip

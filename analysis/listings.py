@@ -152,8 +152,9 @@ def crossings(doc: Document) -> Listing:
                      percent(c["share_of_draws"]), ", ".join(digits(v) for v in c["by_seed"].values() if v) or "–",
                      span(c["paired_interval"])))  # fmt: skip
     note = (
-        "Where the laws of two arms meet. Draws: the share of parameter draws in which they meet at all. By seed: the "
-        "laws of each common seed alone, whose runs saw the same data in the same order; an interval from three on."
+        "Where the laws of two arms meet. Draws: the share of parameter draws in which they meet at all; no interval "
+        "where that is less than half, or where they meet on either side of the laws' own place. By seed: the laws of "
+        "each common seed alone, whose runs saw the same data in the same order; an interval from three on."
     )
     headers = ("arm", "other arm", "metric", "axis", "meet at", "interval", "where", "draws", "by seed", "over seeds")
     return Listing("Where one arm overtakes another", note, headers, rows)

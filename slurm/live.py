@@ -28,7 +28,8 @@ class Pace:
         """(share of the planned cost that is spent, seconds to the end)."""
         total = sum(state.planned.cost.seconds for state in states)
         done = sum(state.share * state.planned.cost.seconds for state in states)
-        if self._started is None:
+        if self._started is None or done == self._first:
+            # Data is encoded once, before the first step: it says nothing about the pace.
             self._started, self._first = time.monotonic(), done
         elapsed, worked = time.monotonic() - self._started, done - self._first
         if worked > _TRUST_PACE * total and elapsed > 0:

@@ -47,6 +47,16 @@ def test_parallel_arms_do_not_meet() -> None:
     assert found is not None and found["at"] is None and found["interval"] is None
 
 
+def test_nearly_parallel_arms_have_no_interval_that_leaves_out_their_own_place() -> None:
+    """They meet below the data in some draws and above it in others."""
+    twins = [(law_of(arm("a", 1.0, 40.0, 0.3, k)), law_of(arm("b", 1.0, 40.0, 0.3, k + 50))) for k in range(12)]
+    found = [crossing(a, b, 0.95, np.random.default_rng(0)) for a, b in twins]
+    given = [c for c in found if c is not None and c["interval"] is not None]
+    assert all(c["interval"][0] <= c["at"] <= c["interval"][1] for c in given)
+    withheld = [c for c in found if c is not None and c["interval"] is None and c["share_of_draws"] > 0.5]
+    assert given and withheld
+
+
 def test_unlike_units_are_never_compared() -> None:
     other = arm("b", 1.0, 40.0, 0.3, unit="bits")
     assert contrast(STEEP, other, None, None, "all", 0.95) is None

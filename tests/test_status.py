@@ -16,7 +16,7 @@ from rich.console import Console
 from fluidscale.folder import RunFolder
 from fluidscale.record import write_json
 from slurm import attempts, claim, launch, layout, plan, state_table, status
-from slurm.live import PlainLines
+from slurm.live import Pace, PlainLines
 from slurm.placement import Machine, load_profile
 
 
@@ -153,6 +153,19 @@ def test_plain_lines_tell_each_change_once(planned, tmp_path):
     cheap(run.spec, tmp_path / run.spec.id, run.placement, lambda: False)
     show(status.read_states(planned, tmp_path))
     assert [line.split()[0] for line in lines] == ["running", "done"]
+
+
+def test_the_time_spent_on_data_is_not_taken_for_the_pace_of_steps(planned, tmp_path, monkeypatch):
+    now, pace = 0.0, Pace(2)
+    monkeypatch.setattr("slurm.live.time.monotonic", lambda: now)
+    run = planned.runs[0]
+    pace.share_and_eta(status.read_states(planned, tmp_path))
+    now = 500.0  # the data is ready
+    pace.share_and_eta(status.read_states(planned, tmp_path))
+    cheap(run.spec, tmp_path / run.spec.id, run.placement, lambda: False)
+    now = 510.0
+    share, eta = pace.share_and_eta(status.read_states(planned, tmp_path))
+    assert 0 < share < 1 and eta == pytest.approx(10 * (1 - share) / share)
 
 
 def test_status_of_a_cluster_s_runs_needs_none_of_its_commands(tmp_path, monkeypatch, capsys):
