@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.figures import Document, arms, axis_name, title_of
-from analysis.panels import INK, MUTED, colour, grid, label_of, log_axis, marker, name_of
+from analysis.figures import Document, arms, axis_name
+from analysis.names import heading_of, label_of, name_of, title_of
+from analysis.panels import INK, MUTED, colour, grid, log_axis, marker
 
 FIT_LINE: dict[str, Any] = {"linewidth": 1.1, "alpha": 0.8}
 # an interval for N* or D* wider than this factor says only that the ladder cannot place the optimum
@@ -105,7 +106,7 @@ def isoflop(doc: Document) -> Figure | None:
         ax.set_xscale("log")
         log_axis(ax.xaxis, *ax.get_xlim())
         ax.tick_params(labelsize=6.5)
-        ax.set_title(label_of(mine[0]["group"]), fontsize=8)
+        ax.set_title(heading_of(mine[0]["group"]), fontsize=8)
         ax.set_xlabel(axis_name(doc, "n"), fontsize=7)
     axes[0].set_ylabel(title_of(items[0]["metric"]), fontsize=7.5)
     return figure
@@ -152,7 +153,7 @@ def learning_curves(doc: Document) -> Figure | None:
             ax.plot(
                 c["images"], c["loss"], color=colour(c["group"], arms(doc)), alpha=shade, linewidth=1, label=c["size"]
             )
-            ax.set_title(label_of(c["group"]), fontsize=8)
+            ax.set_title(heading_of(c["group"]), fontsize=8)
         ax.set_xscale("log")
         ax.set_yscale("log")
         log_axis(ax.xaxis, *ax.get_xlim())

@@ -8,21 +8,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.panels import MUTED, colour, grid, label_of, log_axis, marker, name_of, short
+from analysis.names import heading_of, label_of, name_of, title_of
+from analysis.panels import MUTED, colour, grid, log_axis, marker, short
 from analysis.table import is_part
 
 AXIS_NAMES = {"n": "parameters N", "d": "training images D", "c": "training compute C (FLOPs)"}
 # more names than these find no place that hides no point
 FEW_NAMES = 4
-METRIC_NAMES = {
-    "val_loss": "validation loss", "val_nll": "validation NLL", "fd": "Fréchet distance", "fid": "FID",
-    "geneval": "GenEval-protocol score", "geneval_unseen": "score, unseen combinations",
-}  # fmt: skip
 Document = dict[str, Any]
-
-
-def title_of(metric: str) -> str:
-    return METRIC_NAMES.get(metric, metric.removeprefix("geneval_").replace("_", " "))
 
 
 def axis_name(doc: Document, axis: str) -> str:
@@ -33,7 +26,12 @@ def axis_name(doc: Document, axis: str) -> str:
 
 
 def arms(doc: Document) -> list[str]:
-    return list(dict.fromkeys(name_of(m["group"]) for m in doc["measurements"]))
+    return list(groups_of(doc))
+
+
+def groups_of(doc: Document) -> dict[str, dict[str, str]]:
+    """What makes each group, by its name."""
+    return {name_of(m["group"]): m["group"] for m in doc["measurements"]}
 
 
 def measured(doc: Document, metric: str) -> list[Document]:
@@ -118,13 +116,13 @@ def _floors(ax: Axes, items: list[Document]) -> None:
                             ha=side, va=place)  # fmt: skip
 
 
-def _panels(items: list[Document]) -> list[list[Document]]:
+def by_unit(items: list[Document]) -> list[list[Document]]:
     """Measurements that share a unit share a panel; losses of unlike units never share an axis."""
-    by_unit: dict[tuple[str, ...], list[Document]] = {}
+    panels: dict[tuple[str, ...], list[Document]] = {}
     for item in items:
         kind = item["group"].get("token_kind", "")
-        by_unit.setdefault((item["unit"], kind if item["kind"] in ("loss", "signed") else ""), []).append(item)
-    return list(by_unit.values())
+        panels.setdefault((item["unit"], kind if item["kind"] in ("loss", "signed") else ""), []).append(item)
+    return list(panels.values())
 
 
 def _held_out(ax: Axes, doc: Document, fits: list[Document], axis: str) -> None:
@@ -205,7 +203,7 @@ def metric_along(doc: Document, metric: str, axis: str, reach: float = 4.0) -> F
     items = [m for m in measured(doc, metric) if np.isfinite(_array(m[axis])).any()]
     if not items:
         return None
-    panels = _panels(items)
+    panels = by_unit(items)
     single = len(panels) == 1
     figure, axes = grid(len(panels), width=4.2 if single else 3.5, height=3.3 if single else 3.0)
     for ax, members in zip(axes, panels, strict=True):
@@ -237,7 +235,7 @@ def along_data(doc: Document, metric: str) -> Figure | None:
             ax.set_yscale("log")
             log_axis(ax.yaxis, *ax.get_ylim())
         ax.tick_params(labelsize=6.5)
-        ax.set_title(label_of(m["group"]), fontsize=8)
+        ax.set_title(heading_of(m["group"]), fontsize=8)
         ax.set_xlabel(axis_name(doc, "d"), fontsize=7)
     axes[0].set_ylabel(title_of(metric), fontsize=7.5)
     return figure

@@ -28,7 +28,9 @@ from analysis.bootstrap import METHODS  # noqa: E402
 from analysis.changes import changes, in_words  # noqa: E402
 from analysis.document import plain, write_json  # noqa: E402
 from analysis.laws import LAW_NAMES  # noqa: E402
+from analysis.names import name_of  # noqa: E402
 from analysis.published import published  # noqa: E402
+from analysis.refusals import gathered  # noqa: E402
 from analysis.solver import HUBER_DELTA, OBJECTIVES  # noqa: E402
 from analysis.study import Choice, Study, study  # noqa: E402
 from analysis.table import AXES, InvalidTable, Table, load  # noqa: E402
@@ -107,11 +109,9 @@ def summary(doc: dict[str, Any]) -> str:
                 f"[{said['run_low']:.4g}, {said['run_high']:.4g}], {said['decades']:.2f} decades beyond "
                 f"{said['n_runs']} points"
             )
-        group = "-".join(f["group"].values()) or "all"
-        lines.append(f"{group:20} {f['metric']:22} {f['law']:12} {','.join(f['axes']):4} {values}  {codes}".rstrip())
-    for r in doc["refused"]:
-        group = "-".join(r["group"].values()) or "all"
-        lines.append(f"{group:20} {r['metric']:22} {r['law'] or '':12} refused [{r['code']}] {r['message']}")
+        where = f"{name_of(f['group']):20} {f['metric']:22} {f['law']:12} {','.join(f['axes']):4}"
+        lines.append(f"{where} {values}  {codes}".rstrip())
+    lines += [f"refused [{code}] {reason}: {where}" for code, reason, where in gathered(doc)]
     lines += [f"{v['verdict']:12} {v['claim']}" for v in doc["verdicts"]]
     return "\n".join(lines)
 

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.figures import headline_metrics, title_of
-from analysis.panels import label_of, short
+from analysis.beside import is_flat
+from analysis.figures import groups_of, headline_metrics
+from analysis.names import label_of, title_of
+from analysis.panels import short
+from analysis.refusals import gathered
+from analysis.settings import differ_in_one
 from analysis.table import is_part
 from analysis.words import capital, digits, percent, rounded, span
 
@@ -37,6 +41,8 @@ def glance(doc: Document) -> Listing:
             cells += [_ends(m), _per_doubling(doc, metric, group)]
         rows.append(cells)
     headers = ["", *(h for m in metrics for h in (capital(title_of(m)), "per doubling of N"))]
+    if is_flat(doc):
+        return Listing("At a glance", "Means of seeds.", headers[:1] + headers[1::2], [r[:1] + r[1::2] for r in rows])
     note = (
         "From the smallest to the largest model at the largest data size, or of one model size from the fewest to the "
         "most images; means of seeds; change per doubling with its interval."
@@ -89,20 +95,14 @@ def remarks(doc: Document) -> Listing:
         for w in f["warnings"]:
             seen.setdefault((w["code"], w["message"]), []).append(f"{label_of(f['group'])} {title_of(f['metric'])}")
     rows = [(code, message, "; ".join(dict.fromkeys(where))) for (code, message), where in seen.items()]
-    rows += [
-        (
-            r["code"],
-            r["message"],
-            f"{label_of(r['group'])} {title_of(r['metric'])}: {r['law'] or 'all laws'} not fitted",
-        )
-        for r in doc["refused"]
-    ]
-    return Listing("Remarks and refusals", "", ("code", "what", "where"), rows)
+    return Listing("Remarks and refusals", "", ("code", "what", "where"), [*rows, *gathered(doc)])
 
 
 def choice(doc: Document) -> Listing:
     rows = []
-    for r in doc["law_choice"]:
+    # Of a metric of which no law was fitted in an arm the refusals say why.
+    fitted = {(label_of(f["group"]), f["metric"]) for f in doc["fits"]}
+    for r in (r for r in doc["law_choice"] if (label_of(r["group"]), r["metric"]) in fitted):
         found = r.get("rollout")
         rows.append((
             label_of(r["group"]), title_of(r["metric"]), r["law"], str(r.get("n_runs", "–")), digits(r.get("aicc")),
@@ -172,9 +172,15 @@ def chances(doc: Document) -> Listing:
     return Listing("Best arm at a compute", "Only metrics of one unit are compared.", headers, rows)
 
 
+def telling(doc: Document, comparisons: Sequence[Document]) -> list[Document]:
+    """Comparisons of two groups that say what made the difference."""
+    groups = groups_of(doc)
+    return [c for c in comparisons if differ_in_one(groups[c["a"]], groups[c["b"]])]
+
+
 def contrasts(doc: Document) -> Listing:
     rows = []
-    for c in doc["contrasts"]:
+    for c in telling(doc, doc["contrasts"]):
         if is_part(c["metric"]):
             continue
         sign = {1: "a above b", -1: "a below b", 0: "not told apart"}[c["sign"]]
@@ -192,7 +198,7 @@ def contrasts(doc: Document) -> Listing:
 
 def matches(doc: Document) -> Listing:
     rows = []
-    for m in doc.get("matched", []):
+    for m in telling(doc, doc.get("matched", [])):
         values = " and ".join(digits(v) for v in m["values"])
         effects = [f"{digits(e[0])} {span(e[1:])}" if e else "–" for e in (m["effect"], m["net_effect"])]
         rows.append((m["a"], m["b"], title_of(m["metric"]), m["matched"], short(m["at"]), values, *effects))

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from analysis.document import write
+from analysis.names import name_of
 
 # Okabe and Ito 2008, "Color universal design": told apart under every common colour deficiency and in grey by marker
 ARM_COLOURS = {
@@ -43,20 +44,17 @@ plt.rcParams.update({
 })  # fmt: skip
 
 
-def name_of(group: dict[str, str]) -> str:
-    return "-".join(group.values()) or "all"
-
-
-def label_of(group: dict[str, str]) -> str:
-    return " · ".join(group.values()) or "all runs"
-
-
 def colour(group: dict[str, str], order: Sequence[str] = ()) -> str:
     """The arm's own colour, or one by position among `order` for groups of other tables."""
     name = name_of(group)
     if name in ARM_COLOURS:
         return ARM_COLOURS[name]
     return OTHER_COLOURS[list(order).index(name) % len(OTHER_COLOURS)] if name in order else OTHER_COLOURS[0]
+
+
+def own_colour(group: dict[str, str]) -> str:
+    """The arm's colour whatever its settings, which stand beside it as text."""
+    return ARM_COLOURS.get("-".join(group[key] for key in ("token_kind", "order") if key in group), OTHER_COLOURS[0])
 
 
 def marker(group: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from analysis.panels import label_of, name_of
+from analysis.names import label_of, name_of
 
 # flat figures and drawn scenes keep their look at this many colours, at a quarter of the bytes
 COLOURS = 128

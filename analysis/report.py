@@ -24,7 +24,7 @@ if str(ROOT) not in sys.path:
 import jinja2  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from analysis import diagnostics, figures, listings, panels, pictures, words  # noqa: E402
+from analysis import beside, diagnostics, figures, listings, names, panels, pictures, words  # noqa: E402
 from analysis.document import write  # noqa: E402
 
 Document = dict[str, Any]
@@ -58,10 +58,10 @@ class Job:
         return shown | {"src": pictures.embedded(image)}
 
 
-def _jobs(doc: Document) -> Iterator[Job]:
-    """Every figure that a report may have, in its order."""
+def _ladders(doc: Document) -> Iterator[Job]:
+    """The metrics along sizes and images."""
     for metric in figures.headline_metrics(doc):
-        title = words.capital(words.title_of(metric))
+        title = words.capital(names.title_of(metric))
         data_ladder = figures.is_data_ladder(doc, metric)
         for axis in ("d",) if data_ladder else ("n", "c"):
             caption = f"{title} against {figures.axis_name(doc, axis)}."
@@ -70,6 +70,19 @@ def _jobs(doc: Document) -> Iterator[Job]:
             caption = f"{title} against {figures.axis_name(doc, 'd')}, a line a model size."
             yield Job(metric, f"{metric}-vs-d", caption, partial(figures.along_data, doc, metric))
     yield Job("tags", "score-tags", "Each tag of the score against parameters.", partial(figures.tags, doc))
+
+
+def _settings(doc: Document) -> Iterator[Job]:
+    """The metrics of groups of one size, side by side."""
+    for metric in figures.headline_metrics(doc):
+        caption = f"{words.capital(names.title_of(metric))}: means, and pale the runs they are of."
+        yield Job(metric, f"{metric}-side-by-side", caption, partial(beside.side_by_side, doc, metric))
+    yield Job("tags", "score-tags", "Each tag of the score.", partial(beside.tags, doc))
+
+
+def _jobs(doc: Document) -> Iterator[Job]:
+    """Every figure that a report may have, in its order."""
+    yield from _settings(doc) if beside.is_flat(doc) else _ladders(doc)
     caption = "Metric against validation loss, one line an arm."
     yield Job("links", "loss-to-metric", caption, partial(diagnostics.links, doc))
     caption = (
@@ -114,7 +127,7 @@ def build(laws: Path, samples: Path | None = None) -> Path:
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=jinja2.select_autoescape(("html.j2",)),
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.globals.update(title_of=words.title_of, capital=words.capital)
+    environment.globals.update(title_of=names.title_of, capital=words.capital)
     context = _context(doc, folder, samples or laws.parent / "samples")
     write(folder / "report.md", environment.get_template("report.md.j2").render(context))
     write(folder / "index.html", environment.get_template("report.html.j2").render(context))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -60,3 +60,9 @@ def splitting(frame: pd.DataFrame, group: Sequence[str], cell: Sequence[str]) ->
 
 def _parts(frame: pd.DataFrame, columns: Sequence[str]) -> int:
     return len(frame[list(columns)].astype(str).drop_duplicates())
+
+
+def differ_in_one(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two groups tell what made their difference: arms that were also split by settings differ in one thing."""
+    split = {"token_kind", "order"} < {*one}
+    return not split or sum(one[key] != other[key] for key in one) == 1

@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from analysis.beside import is_flat
 from analysis.document import HEADLINE_HALF_WIDTH
-from analysis.figures import measured, title_of
-from analysis.panels import label_of, name_of
+from analysis.figures import groups_of, measured
+from analysis.names import label_of, name_of, title_of
+from analysis.refusals import gathered
+from analysis.settings import differ_in_one
 from analysis.table import is_part
 
 Document = dict[str, Any]
@@ -98,13 +101,36 @@ def _best(doc: Document, metric: str) -> str | None:
     return f"Best {title_of(metric)}: {digits(y)} by {arm}" + (f" at {n:,.0f} parameters." if n else ".")
 
 
+def _told_apart(doc: Document, metric: str) -> str | None:
+    """Of what lies side by side: how many pairs differ in the metric, and which one most surely does.
+
+    Pairs of one arm's settings that differ in one thing; of arms, where no settings vary.
+    """
+    groups, arm = groups_of(doc), ("token_kind", "order")
+    every = [c for c in doc["contrasts"] if c["metric"] == metric and differ_in_one(groups[c["a"]], groups[c["b"]])]
+    settings = [c for c in every if all(groups[c["a"]].get(k) == groups[c["b"]].get(k) for k in arm)]
+    pairs, what = (settings, "an arm's settings") if settings else (every, "arms")
+    told = [c for c in pairs if c["sign"]]
+    if not pairs:
+        return None
+    line = f"{capital(title_of(metric))}: {len(told)} of {len(pairs)} pairs of {what} are told apart"
+    if not told:
+        return line + "."
+    most = max(told, key=lambda c: abs(c["effect"]) / (c["high"] - c["low"]))
+    side = "above" if most["sign"] > 0 else "below"
+    effect = f"{digits(most['effect'])} {span((most['low'], most['high']))}"
+    return f"{line}, most surely {label_of(groups[most['a']])} {side} {label_of(groups[most['b']])}: {effect}."
+
+
 def summary(doc: Document) -> list[str]:
     """The report's first lines: what moved, what is best, which exponents the data carry, what the claims came to."""
-    metrics = dict.fromkeys(m["metric"] for m in doc["measurements"])
+    metrics, flat = dict.fromkeys(m["metric"] for m in doc["measurements"]), is_flat(doc)
     out: list[str | None] = []
     for metric in (m for m in metrics if not is_part(m) and m != "val_nll"):
         loss = all(m["kind"] == "loss" for m in measured(doc, metric))
-        out += _headlines(doc, metric) if loss else [_best(doc, metric)]
+        out += _headlines(doc, metric) if loss and not flat else [] if loss else [_best(doc, metric)]
+    if flat:
+        out += [_told_apart(doc, metric) for metric in metrics if not is_part(metric)]
     if doc["verdicts"]:
         counts = {state: sum(v["verdict"] == state for v in doc["verdicts"]) for state in VERDICTS}
         out.append(
@@ -114,7 +140,8 @@ def summary(doc: Document) -> list[str]:
     if noise and noise["standard_deviation"] is None:
         out.append("No run was repeated with another seed: intervals rest on the scatter around the laws alone.")
     if doc["refused"] and not doc["fits"]:
-        out.append("No law was fitted. " + capital(doc["refused"][0]["message"]) + ".")
+        code, reason, _ = gathered(doc)[0]
+        out.append(f"No law was fitted, {code}: {reason}.")
     names = {name_of(m["group"]) for m in doc["measurements"]}
     if any(s["largest"] for s in doc["measurements"]) and doc["table"]["excluded"]:
         out.append(

@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 
 from analysis.fit_laws import main
+from analysis.listings import contrasts, glance, remarks
 from analysis.settings import is_setting, splitting, varied
 from analysis.simulate import ladder
 from analysis.study import Choice, study
 from analysis.table import prepare
+from analysis.words import summary
 
 CELL = ["size", "images"]
 
@@ -62,6 +64,33 @@ def test_mixed_settings_are_shown_and_nothing_is_said_of_them(tmp_path: Path) ->
     assert doc["verdicts"] == []
     page = (tmp_path / "report/index.html").read_text()
     assert "MIXED_SETTINGS" in page and (tmp_path / "report/figures/val_loss-vs-n.png").is_file()
+
+
+def test_settings_of_one_size_stand_side_by_side_and_their_refusals_in_a_row_a_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    frame = twice("model.mask_law", ("cosine", "uniform"))
+    frame = frame[(frame["size"] == frame["size"].iloc[-1]) & (frame["images"] == frame["images"].max())]
+    better = frame.assign(seed=1, geneval=frame["geneval"] - 0.3 * (frame["model.mask_law"] == "cosine"))
+    better[["run_id", "trunk_id"]] += "-again"
+    frame = pd.concat([frame.assign(geneval=better["geneval"] + 0.01), better], ignore_index=True)
+    frame.to_csv(tmp_path / "runs.csv", index=False)
+    assert main([str(tmp_path / "runs.csv")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) < 20
+    figures = tmp_path / "report/figures"
+    assert (figures / "geneval-side-by-side.png").is_file() and not (figures / "geneval-vs-n.png").exists()
+    doc = json.loads((tmp_path / "laws.json").read_text())
+    assert len(doc["refused"]) > 40 and doc["fits"] == []
+    reasons = remarks(doc).rows
+    assert len({reason for _, reason, _ in reasons}) == len(reasons) < 6
+    assert reasons[0][2].startswith("validation loss in every arm: power-floor, compute, chinchilla, kaplan")
+    kinds = {(a.split("-")[0], a.split("-")[-1]) for a in (row[0] for row in contrasts(doc).rows)}
+    assert kinds == {(kind, law) for kind in ("continuous", "discrete") for law in ("cosine", "uniform")}
+    for a, b, *_ in contrasts(doc).rows:
+        assert sum(x != y for x, y in zip(a.split("-"), b.split("-"), strict=True)) == 1
+    (line,) = [line for line in summary(doc) if line.startswith("GenEval-protocol score:")]
+    assert line.startswith("GenEval-protocol score: 4 of 4 pairs of an arm's settings are told apart")
+    assert glance(doc).headers == ["", "Validation loss", "Fréchet distance", "GenEval-protocol score"]
 
 
 def test_mixed_settings_that_were_asked_for_by_name_end_with_one_line(
