@@ -298,7 +298,9 @@ def noise(doc: Document) -> Listing:
     for n in doc["noise"]:
         known = n["standard_deviation"] is not None
         dof = str(n["dof"]) if known else "no replicates"
-        rows.append((title_of(n["metric"]), digits(n["standard_deviation"]), dof, ", ".join(n["groups"]) or "–"))
+        every = len(n["groups"]) == len(groups_of(doc)) > 1
+        where = "every arm" if every else ", ".join(n["groups"]) or "–"
+        rows.append((title_of(n["metric"]), digits(n["standard_deviation"]), dof, where))
     note = (
         "Standard deviation between seeds: relative for losses and distances, in points for scores. Evaluations share "
         "their draws, so it holds what is left of the evaluation's error between two models. No interval of a law of "

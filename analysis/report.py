@@ -115,7 +115,7 @@ def _context(doc: Document, folder: Path, samples: Path) -> dict[str, Any]:
     return {
         "doc": doc, "figures": _figures(doc, folder), "samples": pictures.samples(doc, samples), "listed": listed,
         "summary": words.summary(doc), "verdicts": listings.verdicts(doc),
-        "metrics": figures.headline_metrics(doc),
+        "metrics": figures.headline_metrics(doc), "flat": beside.is_flat(doc),
     }  # fmt: skip
 
 
