@@ -68,7 +68,7 @@ def _rows(ax: Axes, members: list[Document]) -> None:
     for row, m in enumerate(members):
         y = np.array(m["y"], float)
         bars = [0.0 if se is None else 1.96 * se for se in m["se"]]
-        places = row + SPREAD * (np.arange(len(y)) - (len(y) - 1) / 2) / max(len(y) - 1, 1) * (len(y) > 1)
+        places = row + SPREAD * (np.arange(len(y)) - (len(y) - 1) / 2) / max(len(y) - 1, 1)
         style: dict[str, Any] = {"marker": marker(m["group"]), "color": own_colour(m["group"]), "linestyle": "none"}
         alone = len(y) == 1
         ax.errorbar(y, places, xerr=bars, markersize=4.5 if alone else 2.5, alpha=1.0 if alone else 0.45,

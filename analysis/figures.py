@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from analysis.names import heading_of, label_of, name_of, title_of
 from analysis.panels import MUTED, colour, grid, log_axis, marker, short
+from analysis.settings import differ_in_one
 from analysis.table import is_part
 
 AXIS_NAMES = {"n": "parameters N", "d": "training images D", "c": "training compute C (FLOPs)"}
@@ -32,6 +33,12 @@ def arms(doc: Document) -> list[str]:
 def groups_of(doc: Document) -> dict[str, dict[str, str]]:
     """What makes each group, by its name."""
     return {name_of(m["group"]): m["group"] for m in doc["measurements"]}
+
+
+def telling(doc: Document, comparisons: list[Document]) -> list[Document]:
+    """Comparisons of two groups that say what made the difference."""
+    groups = groups_of(doc)
+    return [c for c in comparisons if differ_in_one(groups[c["a"]], groups[c["b"]])]
 
 
 def measured(doc: Document, metric: str) -> list[Document]:

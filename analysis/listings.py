@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.beside import is_flat
-from analysis.figures import groups_of, headline_metrics
-from analysis.names import label_of, title_of
+from analysis.figures import arms, headline_metrics, telling
+from analysis.names import label_of, members_of, title_of
 from analysis.panels import short
 from analysis.refusals import gathered
-from analysis.settings import differ_in_one
 from analysis.table import is_part
 from analysis.words import capital, digits, percent, rounded, span
 
@@ -32,22 +31,21 @@ class Listing:
 def glance(doc: Document) -> Listing:
     """One row an arm: what the ladder did to each headline metric."""
     metrics = [m for m in headline_metrics(doc) if m != "val_nll"]
-    arms = {label_of(m["group"]): m["group"] for m in doc["measurements"]}
-    rows = []
-    for label, group in arms.items():
+    groups = {label_of(m["group"]): m["group"] for m in doc["measurements"]}
+    flat, rows = is_flat(doc), []
+    for label, group in groups.items():
         cells = [label]
         for metric in metrics:
             m = next((m for m in doc["measurements"] if m["metric"] == metric and m["group"] == group), None)
-            cells += [_ends(m), _per_doubling(doc, metric, group)]
+            cells += [_ends(m)] if flat else [_ends(m), _per_doubling(doc, metric, group)]
         rows.append(cells)
-    headers = ["", *(h for m in metrics for h in (capital(title_of(m)), "per doubling of N"))]
-    if is_flat(doc):
-        return Listing("At a glance", "Means of seeds.", headers[:1] + headers[1::2], [r[:1] + r[1::2] for r in rows])
+    beside = [] if flat else ["per doubling of N"]
+    headers = ["", *(h for m in metrics for h in (capital(title_of(m)), *beside))]
     note = (
         "From the smallest to the largest model at the largest data size, or of one model size from the fewest to the "
         "most images; means of seeds; change per doubling with its interval."
     )
-    return Listing("At a glance", note, headers, rows)
+    return Listing("At a glance", "Means of seeds." if flat else note, headers, rows)
 
 
 def _ends(m: Document | None) -> str:
@@ -172,12 +170,6 @@ def chances(doc: Document) -> Listing:
     return Listing("Best arm at a compute", "Only metrics of one unit are compared.", headers, rows)
 
 
-def telling(doc: Document, comparisons: Sequence[Document]) -> list[Document]:
-    """Comparisons of two groups that say what made the difference."""
-    groups = groups_of(doc)
-    return [c for c in comparisons if differ_in_one(groups[c["a"]], groups[c["b"]])]
-
-
 def contrasts(doc: Document) -> Listing:
     rows = []
     for c in telling(doc, doc["contrasts"]):
@@ -298,8 +290,7 @@ def noise(doc: Document) -> Listing:
     for n in doc["noise"]:
         known = n["standard_deviation"] is not None
         dof = str(n["dof"]) if known else "no replicates"
-        every = len(n["groups"]) == len(groups_of(doc)) > 1
-        where = "every arm" if every else ", ".join(n["groups"]) or "–"
+        where = members_of(n["groups"], arms(doc)) or "–"
         rows.append((title_of(n["metric"]), digits(n["standard_deviation"]), dof, where))
     note = (
         "Standard deviation between seeds: relative for losses and distances, in points for scores. Evaluations share "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 METRIC_NAMES = {
     "val_loss": "validation loss", "val_nll": "validation NLL", "fd": "Fréchet distance", "fid": "FID",
@@ -27,6 +27,14 @@ def heading_of(group: Mapping[str, str]) -> str:
     """`label_of` above a narrow panel: settings on a line of their own."""
     parts = _parts(group)
     return "\n".join(filter(None, (" · ".join(parts[:2]), " · ".join(parts[2:])))) or "all runs"
+
+
+def members_of(members: Sequence[str], arms: Sequence[str]) -> str:
+    """Some of the arms, as briefly as it can be said."""
+    missing = [arm for arm in arms if arm not in members]
+    if len(arms) > 1 and not missing:
+        return "every arm"
+    return f"every arm but {', '.join(missing)}" if len(missing) < len(members) > 2 else ", ".join(members)
 
 
 def _parts(group: Mapping[str, str]) -> list[str]:

@@ -8,10 +8,9 @@ from typing import Any
 
 from analysis.beside import is_flat
 from analysis.document import HEADLINE_HALF_WIDTH
-from analysis.figures import groups_of, measured
+from analysis.figures import groups_of, measured, telling
 from analysis.names import label_of, name_of, title_of
 from analysis.refusals import gathered
-from analysis.settings import differ_in_one
 from analysis.table import is_part
 
 Document = dict[str, Any]
@@ -107,7 +106,7 @@ def _told_apart(doc: Document, metric: str) -> str | None:
     Pairs of one arm's settings that differ in one thing; of arms, where no settings vary.
     """
     groups, arm = groups_of(doc), ("token_kind", "order")
-    every = [c for c in doc["contrasts"] if c["metric"] == metric and differ_in_one(groups[c["a"]], groups[c["b"]])]
+    every = [c for c in telling(doc, doc["contrasts"]) if c["metric"] == metric]
     settings = [c for c in every if all(groups[c["a"]].get(k) == groups[c["b"]].get(k) for k in arm)]
     pairs, what = (settings, "an arm's settings") if settings else (every, "arms")
     told = [c for c in pairs if c["sign"]]
@@ -127,8 +126,10 @@ def summary(doc: Document) -> list[str]:
     metrics, flat = dict.fromkeys(m["metric"] for m in doc["measurements"]), is_flat(doc)
     out: list[str | None] = []
     for metric in (m for m in metrics if not is_part(m) and m != "val_nll"):
-        loss = all(m["kind"] == "loss" for m in measured(doc, metric))
-        out += _headlines(doc, metric) if loss and not flat else [] if loss else [_best(doc, metric)]
+        if any(m["kind"] != "loss" for m in measured(doc, metric)):
+            out.append(_best(doc, metric))
+        elif not flat:
+            out += _headlines(doc, metric)
     if flat:
         out += [_told_apart(doc, metric) for metric in metrics if not is_part(metric)]
     if doc["verdicts"]:

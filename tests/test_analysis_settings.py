@@ -83,7 +83,9 @@ def test_settings_of_one_size_stand_side_by_side_and_their_refusals_in_a_row_a_r
     assert len(doc["refused"]) > 40 and doc["fits"] == []
     reasons = remarks(doc).rows
     assert len({reason for _, reason, _ in reasons}) == len(reasons) < 6
+    assert reasons[0][1] == "the metric is the same in every run: there is no law to be fitted"
     assert reasons[0][2].startswith("validation loss in every arm: power-floor, compute, chinchilla, kaplan")
+    assert "1 distinct N, the law needs 3 or more: add sizes" in [reason for _, reason, _ in reasons]
     kinds = {(a.split("-")[0], a.split("-")[-1]) for a in (row[0] for row in contrasts(doc).rows)}
     assert kinds == {(kind, law) for kind in ("continuous", "discrete") for law in ("cosine", "uniform")}
     for a, b, *_ in contrasts(doc).rows:
