@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from analysis.changes import changes, in_words
+from analysis.figures import metric_along
 from analysis.fit_laws import main
 from analysis.listings import glance
 from analysis.published import TABLE
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results folder with samples and learning curves, fitted and reported once."""
+    """A results folder with samples and learning curves, fitted once."""
     root = tmp_path_factory.mktemp("project")
     out = root / "results/simulated"
     (out / "samples").mkdir(parents=True)
@@ -42,15 +43,25 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder.mkdir(parents=True)
         lines = [{"step": s, "images": 64 * s, "train_loss": 1 + s**-0.3} for s in range(1, 1500, 25)]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"torn')
-    assert main([str(out / "runs.csv"), "--out", str(out)]) == 0
+    assert main([str(out / "runs.csv"), "--out", str(out), "--no-report"]) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def report(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its report, drawn once and from laws.json and the samples alone, over an earlier one's figure."""
+    alone = tmp_path_factory.mktemp("alone")
+    (alone / "laws.json").write_bytes((results / "laws.json").read_bytes())
+    (alone / "report/figures").mkdir(parents=True)
+    (alone / "report/figures/of-an-earlier-report.svg").touch()
+    return build(alone / "laws.json", results / "samples").parent
 
 
 def test_at_a_glance_runs_along_the_ladder_from_mean_to_mean_of_its_seeds(tmp_path: Path) -> None:
     frame = ladder(seeds=(0, 1))
     frame = frame[frame["size"] == frame["size"].iloc[-1]]
     frame.to_csv(tmp_path / "runs.csv", index=False)
-    assert main([str(tmp_path / "runs.csv"), "--no-report"]) == 0
+    assert main([str(tmp_path / "runs.csv")]) == 0
     doc = json.loads((tmp_path / "laws.json").read_text())
     losses = frame.groupby(["token_kind", "order", "images"])["val_loss"].mean().astype(float)
     cells = {row[0]: row[1] for row in glance(doc).rows}
@@ -58,7 +69,7 @@ def test_at_a_glance_runs_along_the_ladder_from_mean_to_mean_of_its_seeds(tmp_pa
     for (kind, order), arm in losses.groupby(level=[0, 1]):
         first, last = arm.iloc[0], arm.iloc[-1]
         assert first > last and cells[f"{kind} · {order}"] == f"{digits(first)} → {digits(last)}"
-    assert (build(tmp_path / "laws.json").parent / "figures/val_loss-vs-d.png").is_file()
+    assert (tmp_path / "report/figures/val_loss-vs-d.png").is_file()
     assert not (tmp_path / "report/figures/val_loss-vs-n.png").exists()
 
 
@@ -88,8 +99,8 @@ def test_a_known_exponent_is_found_and_the_floor_is_the_measured_one(results: Pa
     assert fd["params"]["alpha"] == pytest.approx(0.45, abs=0.03)
 
 
-def test_the_page_is_one_offline_file(results: Path) -> None:
-    page = (results / "report/index.html").read_text()
+def test_the_page_is_one_offline_file(results: Path, report: Path) -> None:
+    page = (report / "index.html").read_text()
     assert not re.search(r"""(src|href)=["'](https?:|//|figures/)""", page)
     assert page.count("data:image/png;base64,") >= 12 + 20
     assert "<table" in page and 'name="viewport"' in page and "@media print" in page
@@ -104,8 +115,9 @@ def test_the_page_is_one_offline_file(results: Path) -> None:
     assert json.loads((results / "laws.json").read_text())["table"]["sha256"] in page
 
 
-def test_figures_are_there_in_both_formats(results: Path) -> None:
-    folder = results / "report/figures"
+def test_figures_are_there_in_both_formats(report: Path) -> None:
+    folder = report / "figures"
+    assert not (folder / "of-an-earlier-report.svg").exists()
     names = {p.stem for p in folder.glob("*.png")}
     assert {f"{metric}-vs-{axis}" for metric in ("val_loss", "fd", "geneval") for axis in "nc"} <= names
     others = {
@@ -121,22 +133,13 @@ def test_figures_are_there_in_both_formats(results: Path) -> None:
     for name in names:
         assert Image.open(folder / f"{name}.png").width >= 600
         assert ElementTree.parse(folder / f"{name}.svg").getroot().tag.endswith("svg")
-    markdown = (results / "report/report.md").read_text()
+    markdown = (report / "report.md").read_text()
     assert all(f"figures/{name}.png" in markdown for name in names)
 
 
-def test_the_report_needs_laws_json_alone(results: Path, tmp_path: Path) -> None:
-    (tmp_path / "laws.json").write_bytes((results / "laws.json").read_bytes())
-    (tmp_path / "report/figures").mkdir(parents=True)
-    (tmp_path / "report/figures/of-an-earlier-report.svg").touch()
-    build(tmp_path / "laws.json", results / "samples")
-    assert not (tmp_path / "report/figures/of-an-earlier-report.svg").exists()
-    assert (tmp_path / "report/report.md").read_text() == (results / "report/report.md").read_text()
-
-
-def test_no_headline_beyond_what_the_data_carry(results: Path) -> None:
+def test_no_headline_beyond_what_the_data_carry(results: Path, report: Path) -> None:
     doc = json.loads((results / "laws.json").read_text())
-    top = (results / "report/report.md").read_text().split("##")[0]
+    top = (report / "report.md").read_text().split("##")[0]
     for said in re.findall(r"(\d\.\d+) ± (\d\.\d+) \(", top):
         assert float(said[1]) <= 0.1
     doc["fits"] = [{**f, "headline": []} for f in doc["fits"]]
@@ -154,28 +157,14 @@ def test_the_headline_takes_the_better_law_first(results: Path) -> None:
     assert "kaplan" not in " ".join(summary(doc))
 
 
-def test_a_second_run_of_the_command_is_deterministic(results: Path, tmp_path: Path) -> None:
-    assert (
-        main([str(results / "runs.csv"), "--out", str(tmp_path), "--no-report", "--runs", str(tmp_path / "none")]) == 0
-    )
-    first, second = (json.loads((p / "laws.json").read_text()) for p in (results, tmp_path))
+def test_a_second_run_from_any_directory_gives_the_same(results: Path, tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "analysis/fit_laws.py", results / "runs.csv", "--out", "x", "--no-report"]
+    done = subprocess.run([*command, "--json", "--runs", "none"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((p / "laws.json").read_text()) for p in (results, tmp_path / "x"))
+    assert json.loads(done.stdout) == second
     for key in ("fits", "allocation", "contrasts", "crossings", "chances", "links", "verdicts"):
         assert first[key] == second[key]
-
-
-def test_the_command_works_from_any_directory(results: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        ROOT / "analysis/fit_laws.py",
-        results / "runs.csv",
-        "--out",
-        tmp_path / "x",
-        "--no-report",
-        "--json",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads((tmp_path / "x/laws.json").read_text())
 
 
 def test_the_analysis_imports_neither_torch_nor_the_rest_of_the_project() -> None:
@@ -200,10 +189,15 @@ def test_the_published_sizes_with_a_forecast(tmp_path: Path) -> None:
 
 
 def test_the_overlay_is_marked_as_another_protocol(results: Path, tmp_path: Path) -> None:
-    assert main([str(results / "runs.csv"), "--out", str(tmp_path), "--overlay"]) == 0
-    assert {o["metric"] for o in json.loads((tmp_path / "laws.json").read_text())["overlay"]} == {"fid", "geneval"}
-    same = [(p / "report/figures/geneval-vs-n.png").read_bytes() for p in (results, tmp_path)]
-    assert same[0] != same[1]
+    table = [str(results / "runs.csv"), "--metric", "geneval"]
+    assert main([*table, "--out", str(tmp_path), "--overlay", "--no-report"]) == 0
+    doc = json.loads((tmp_path / "laws.json").read_text())
+    assert {o["metric"] for o in doc["overlay"]} == {"fid", "geneval"}
+    figure = metric_along(doc, "geneval", "n")
+    assert figure is not None
+    said = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    foreign = [name for name in said if name.endswith("(its protocol)")]
+    assert len(foreign) == 1 and len(said) == len(ARMS) + 1
 
 
 def studied(frame: pd.DataFrame):
@@ -215,14 +209,15 @@ def test_two_results_compared() -> None:
     better = ladder(seeds=(0, 1), noise=0.002, random_state=5)
     better = better.assign(val_loss=better["val_loss"] * np.where(better["order"] == "random", 0.93, 1.0))
     better["run_id"] = better["run_id"] + "-b"
-    found = changes(studied(base), studied(better), 0.95)
+    first = studied(base)
+    found = changes(first, studied(better), 0.95)
     moved = {(m["metric"], m["group"]["order"]) for m in found["metrics"] if m["changed"]}
     assert moved == {("val_loss", "random")}
     assert len(found["rows"]["new"]) == len(found["rows"]["gone"]) == 120
-    same = changes(studied(base), studied(base), 0.95)
+    same = changes(first, first, 0.95)
     assert not any(c["changed"] for c in same["parameters"] + same["metrics"])
     assert "0 new, 0 gone" in in_words(same)
-    other = changes(studied(base), studied(base.assign(val_loss_unit="bits")), 0.95)
+    other = changes(first, studied(base.assign(val_loss_unit="bits")), 0.95)
     assert {u["metric"] for u in other["unlike"]} == {"val_loss"}
 
 
