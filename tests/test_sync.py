@@ -94,6 +94,39 @@ def test_a_rebuilt_store_equals_the_first(runs, mirror, tmp_path):
     level(mirror, runs)
 
 
+def _delete_the_database(runs):
+    shutil.rmtree(runs / "mlflow")
+
+
+def _delete_the_run(runs):
+    from fluidscale.train.tracking import Mirror
+
+    mirror = Mirror(runs)
+    mirror._client.delete_run(only_run(mirror).info.run_id)
+
+
+def _delete_the_experiment(runs):
+    from fluidscale.train.tracking import Mirror
+
+    mirror = Mirror(runs)
+    mirror._client.delete_experiment(mirror.experiment("mine"))
+
+
+@pytest.mark.parametrize("delete", [_delete_the_database, _delete_the_run, _delete_the_experiment])
+def test_what_was_deleted_from_the_store_is_made_again(runs, mirror, tmp_path, delete):
+    from fluidscale.train.tracking import Mirror
+
+    level(mirror, runs)
+    copy = tmp_path / "runs"
+    shutil.copytree(runs, copy, ignore=shutil.ignore_patterns("mlflow*"))
+    # In processes of their own: this one would keep a deleted database open.
+    command = [sys.executable, "-m", "fluidscale.sync", str(copy)]
+    subprocess.run(command, check=True, timeout=120)
+    delete(copy)
+    subprocess.run(command, check=True, timeout=120)
+    assert history(Mirror(copy), "train_loss") == history(mirror, "train_loss")
+
+
 def test_a_server_that_is_not_there_is_said_and_harms_nothing(runs):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -20,7 +20,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import LifecycleStage, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -55,6 +55,7 @@ class Mirror:
         self._name = without_secrets(self.uri)  # which is written into run folders
         self._artifacts = (runs / "mlflow" / "artifacts").resolve().as_uri()
         self._experiments: dict[str, str] = {}
+        self._there: set[str] = set()  # runs that the store was found to have
 
     @cached_property
     def _client(self) -> MlflowClient:
@@ -69,6 +70,9 @@ class Mirror:
             # whatever folder it was called in.
             place = None if self.uri.partition(":")[0] in _SERVERS else self._artifacts
             made = found.experiment_id if found else self._client.create_experiment(name, artifact_location=place)
+            if found and found.lifecycle_stage == LifecycleStage.DELETED:
+                # Its name is taken until it is gone for good.
+                self._client.restore_experiment(made)
             self._experiments[name] = made
         return self._experiments[name]
 
@@ -86,7 +90,7 @@ class Mirror:
 
     def _opened(self, folder: RunFolder, spec: RunSpec, sweep: str) -> dict[str, Any]:
         state = read_json(folder.path / "mlflow.json")
-        if state is not None and state["tracking_uri"] == self._name:
+        if state is not None and state["tracking_uri"] == self._name and self._has(state["run_id"]):
             return state
         experiment = self.experiment(sweep)
         same = f"tags.run_id = '{spec.id}'"
@@ -102,6 +106,20 @@ class Mirror:
         state = {"tracking_uri": self._name, "run_id": run.info.run_id, **level}
         write_json(folder.path / "mlflow.json", state)
         return state
+
+    def _has(self, run_id: str) -> bool:
+        """Whether the store still has a run; asked once, so that a store which was deleted is filled again."""
+        if run_id not in self._there:
+            try:
+                found = self._client.get_run(run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return False
+            if found.info.lifecycle_stage == LifecycleStage.DELETED:
+                return False
+            self._there.add(run_id)
+        return True
 
     def _push_metrics(self, state: dict[str, Any], lines: list[dict[str, Any]]) -> bool:
         metrics = [
