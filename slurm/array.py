@@ -7,19 +7,22 @@ Everything here can be said again: what is in the queue already, or finished, is
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 
 from fluidscale.record import git_revision
+from fluidscale.spec import InvalidInput
 from slurm import layout, scheduler
 from slurm.job import EVALUATE, TRAIN, WHOLE, Queue
 from slurm.placement import Profile
@@ -35,6 +38,8 @@ _TIMEOUTS = 1_000_000
 _DEAF_AT_FIRST = f'sh -c \'trap "" USR2; exec "$0" "$@"\' {shlex.quote(sys.executable)}'
 # Of the last job: it reads files and fits curves.
 _CONCLUSION_MINUTES = 120
+# Parameters of sbatch that say where a job goes; what a profile leaves open, the user's environment may say.
+_WHERE = ("partition", "account", "qos", "constraint")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Array:
     def parameters(self) -> dict[str, Any]:
         """Of sbatch, as submitit takes them."""
         profile, several = self.profile, self.profile.nodes * self.profile.devices > 1
-        named = {key: getattr(profile, key) for key in ("partition", "account", "qos", "constraint")}
+        named = {key: getattr(profile, key) for key in _WHERE}
         waiting = {"dependency": self.after, "additional_parameters": {"kill-on-invalid-dep": "yes"}}
         return {
             **{key: value for key, value in named.items() if value},
@@ -92,7 +97,8 @@ def submit(plan: Plan, queue: Queue, conclusion: Sequence[str]) -> list[str]:
         new: list[tuple[Array, str]] = []
         for array in arrays(plan, queue, there):
             new.append((array, _submit(queue, _after(array, new, there))))
-        last = there.get((scheduler.CONCLUDE, queue.sweep))
+        # Of a launch with the same words: one of other sizes or arms has a last job, and a table, of its own.
+        last = there.get((scheduler.CONCLUDE, shlex.join(conclusion)))
         if new or last is None:
             if last is not None:
                 # It waits for the tasks of its own launch only.
@@ -156,9 +162,10 @@ def _submit(queue: Queue, array: Array) -> str:
 
 def _submit_conclusion(plan: Plan, queue: Queue, arguments: Sequence[str], jobs: set[str]) -> None:
     profile = plan.machine.profile.of(plan.runs[0].spec.size)
-    profile = replace(profile.evaluating or profile, device="cpu", nodes=1, devices=1, minutes=_CONCLUSION_MINUTES)
-    after = _afterany(jobs)
-    _sbatch(queue, Array(profile, scheduler.CONCLUDE, ((queue.sweep,),), after), [Conclusion(arguments)])
+    profile = profile.evaluating or profile
+    profile = replace(profile, device="cpu", nodes=1, devices=1, minutes=min(_CONCLUSION_MINUTES, profile.minutes))
+    last = Array(profile, scheduler.CONCLUDE, ((shlex.join(arguments),),), _afterany(jobs))
+    _sbatch(queue, last, [Conclusion(arguments, Path.cwd())])
 
 
 def _sbatch(queue: Queue, array: Array, tasks: Sequence[TrunkTask | Conclusion]) -> str:
@@ -169,8 +176,16 @@ def _sbatch(queue: Queue, array: Array, tasks: Sequence[TrunkTask | Conclusion])
     executor.update_parameters(
         job_name=name, comment=comment, setup=_setup(runs_dir, array.profile), **array.parameters()
     )
-    with _outside_any_job(), executor.batch():
-        jobs = [executor.submit(task) for task in tasks]
+    try:
+        # submitit prints what sbatch says, and it is said below.
+        with _outside_any_job(array.profile), redirect_stderr(io.StringIO()), executor.batch():
+            jobs = [executor.submit(task) for task in tasks]
+    except FailedJobError as error:
+        reason = " ".join(str(error).split())
+        # A controller that was too slow to answer may have taken the job all the same.
+        if "timed out" not in reason:
+            scheduler.withdraw(runs_dir, comment)
+        raise InvalidInput(f"{reason} (profile {array.profile.name}: --resources FILE names your cluster's)") from error
     job = jobs[0].job_id.partition("_")[0]
     scheduler.submitted(runs_dir, comment, job)
     return job
@@ -206,10 +221,15 @@ def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
 
 
 @contextmanager
-def _outside_any_job() -> Iterator[None]:
-    """A launch from inside a job must not hand that job's SLURM_* on; where the cluster is, it must."""
-    configuration = os.environ.get("SLURM_CONF")
+def _outside_any_job(profile: Profile) -> Iterator[None]:
+    """A launch from inside a job must not hand that job's SLURM_* on; where the cluster is, it must.
+
+    Of sbatch's own variables those are kept that say where a job goes: they would win over what the profile says too,
+    and others would win over the rest of the submission.
+    """
+    open_ = [f"SBATCH_{key.upper()}" for key in _WHERE if not getattr(profile, key)]
+    names = ["SLURM_CONF", "SBATCH_RESERVATION", *open_]
+    kept = {name: os.environ[name] for name in names if name in os.environ}
     with clean_env():
-        if configuration is not None:
-            os.environ["SLURM_CONF"] = configuration
+        os.environ.update(kept)
         yield

@@ -252,12 +252,20 @@ def _conclusion(arguments: argparse.Namespace) -> list[str]:
     return words + (["--resources", str(arguments.resources.resolve())] if arguments.resources else [])
 
 
-def conclude(argv: Sequence[str]) -> int:
-    """What a sweep's last job does: the tracker brought level, the table, the fit, the report; 1 when a run failed."""
-    arguments = _parser().parse_args(argv)
+def conclude(argv: Sequence[str], folder: Path) -> int:
+    """What a sweep's last job does: the tracker brought level, the table, the fit, the report; 1 when a run failed.
+
+    The sweep is read as `folder`, where it was launched, has it; Python goes on from here.
+    """
+    arguments, here = _parser().parse_args(argv), Path.cwd()
+    os.chdir(folder)
+    try:
+        planned = _load(arguments)
+    finally:
+        os.chdir(here)
     # A tracker that is down has warned; the files are the truth, and a later sync finds them.
     subprocess.run([sys.executable, "-m", "fluidscale.sync", str(arguments.runs)], check=False)
-    return _conclude(_load(arguments), arguments.runs, arguments, _console())
+    return _conclude(planned, arguments.runs, arguments, _console())
 
 
 def _submitted(tasks: Sequence[str], sweep: str) -> str:

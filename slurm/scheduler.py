@@ -85,6 +85,11 @@ def submitted(runs_dir: Path, comment: str, job_id: str) -> None:
     write_json(path, {**(read_json(path) or {}), "job": job_id.partition("_")[0], "at": time.time()})
 
 
+def withdraw(runs_dir: Path, comment: str) -> None:
+    """Takes an announcement back: sbatch refused the job."""
+    (layout.submissions(runs_dir) / f"{comment}.json").unlink(missing_ok=True)
+
+
 def adopt(runs_dir: Path) -> None:
     """Settles what launches that died between announcing a job and hearing its number have left.
 
@@ -104,7 +109,7 @@ def adopt(runs_dir: Path) -> None:
 
 
 def live(runs_dir: Path, sweep: str | None = None) -> dict[tuple[str, str], Task]:
-    """The task in the queue (waiting or running) of each (stage, trunk); a last job's trunk is its sweep's name.
+    """The task in the queue (waiting or running) of each (stage, trunk); a last job's trunk is its command.
 
     Raises NoScheduler when squeue does not answer.
     """

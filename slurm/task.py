@@ -92,19 +92,22 @@ class TrunkTask:
 
 
 class Conclusion:
-    """The sweep's last job: brings the tracker level, collects what is finished, fits and reports."""
+    """The sweep's last job: brings the tracker level, collects what is finished, fits and reports.
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self.arguments = tuple(arguments)
+    `folder` is that of the launch: paths in a sweep's file are relative to it, and a job starts elsewhere.
+    """
+
+    def __init__(self, arguments: Sequence[str], folder: Path) -> None:
+        self.arguments, self.folder = tuple(arguments), folder
 
     def __call__(self) -> None:
         from slurm.launch import conclude
 
-        if code := conclude(self.arguments):
+        if code := conclude(self.arguments, self.folder):
             raise SystemExit(code)
 
     def checkpoint(self) -> DelayedSubmission:
-        return DelayedSubmission(Conclusion(self.arguments))
+        return DelayedSubmission(Conclusion(self.arguments, self.folder))
 
 
 class SlurmStop(StopSignal):

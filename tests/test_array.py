@@ -202,14 +202,33 @@ def test_a_job_finds_its_threads_and_its_allocators_settings(tmp_path):
     assert {"export OMP_NUM_THREADS=3", "export MALLOC_TRIM_THRESHOLD_=268435456"} < set(setup)
 
 
-def test_a_launch_from_inside_a_job_hands_on_where_the_cluster_is_and_nothing_else(monkeypatch):
+def test_a_launch_hands_on_where_the_cluster_and_its_queue_are_and_nothing_of_a_job_it_is_in(monkeypatch):
     for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SBATCH_TIMELIMIT", "SUBMITIT_EXECUTOR", "MASTER_PORT"):
         monkeypatch.setenv(name, "7")
-    monkeypatch.setenv("SLURM_CONF", "/etc/there")
-    with array._outside_any_job():
+    handed_on = {"SLURM_CONF", "SBATCH_ACCOUNT", "SBATCH_RESERVATION"}
+    for name in (*handed_on, "SBATCH_PARTITION"):
+        monkeypatch.setenv(name, "there")
+    # The environment would win over a profile that names the same.
+    profile = dataclasses.replace(load_profile("slurm"), partition="a100")
+    with array._outside_any_job(profile):
         left = {name for name in os.environ if name.startswith(("SLURM", "SBATCH", "SUBMITIT", "MASTER"))}
-        assert left == {"SLURM_CONF"}
-    assert os.environ["SLURM_NTASKS"] == "7"
+        assert left == handed_on
+    assert os.environ["SLURM_NTASKS"] == "7" and os.environ["SBATCH_PARTITION"] == "there"
+
+
+def test_the_last_job_reads_the_sweep_as_the_launch_did(tmp_path, monkeypatch, capsys):
+    write_sweep(tmp_path)
+    path = tmp_path / "relative.yaml"
+    path.write_text((tmp_path / "cheap.yaml").read_text().replace(f"{tmp_path}/", ""))
+    monkeypatch.chdir(tmp_path)
+    words = ["submit", "relative.yaml", "--runs", "runs", "--results", "results"]
+    arguments = launch._conclusion(launch._parser().parse_args(words))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert launch.conclude(arguments, tmp_path) == 1
+    assert "no finished run of relative yet" in capsys.readouterr().err
+    assert Path.cwd() == tmp_path / "elsewhere"
 
 
 def test_sizes_with_a_placement_of_their_own_get_their_own_array(tmp_path):

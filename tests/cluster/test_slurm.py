@@ -196,6 +196,40 @@ def test_what_is_cancelled_before_it_starts_is_known_at_once(slurm, tmp_path):
         slurm.ask("scontrol", "update", "PartitionName=high", "State=UP")
 
 
+def test_a_launch_of_another_size_leaves_the_last_job_of_the_first_alone(slurm, tmp_path):
+    (tmp_path / "sizes.yaml").write_text(SWEEP.replace("sizes: [50K]", "sizes: [50K, 80K]"))
+    (tmp_path / "resources.yaml").write_text(RESOURCES.replace("partition: low", "partition: high"))
+    launch = Launch(slurm, tmp_path / "sizes.yaml", tmp_path / "resources.yaml", tmp_path / "runs")
+    slurm.ask("scontrol", "update", "PartitionName=high", "State=DOWN")
+    try:
+        launch("submit", "--size", "50K")
+        (first,) = slurm.ask("squeue", "-h", "--name=sizes-conclude", "-o", "%i").split()
+        launch("submit", "--size", "80K")
+        last = slurm.ask("squeue", "-h", "--name=sizes-conclude", "-o", "%i").split()
+        assert len(last) == 2 and first in last
+    finally:
+        slurm.ask("scancel", "--name=sizes,sizes-evaluate,sizes-conclude", check=False)
+        slurm.ask("scontrol", "update", "PartitionName=high", "State=UP")
+
+
+def test_what_sbatch_refuses_is_one_line_and_the_corrected_command_does_not_wait(slurm, tmp_path):
+    (tmp_path / "few.yaml").write_text(SWEEP.replace("[480, 960, 19200]", "[480]"))
+    resources = tmp_path / "resources.yaml"
+    resources.write_text(RESOURCES.replace("partition: low", "partition: nowhere"))
+    launch = Launch(slurm, tmp_path / "few.yaml", resources, tmp_path / "runs")
+    process = launch.start("submit")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2 and len(said.strip().splitlines()) == 1 and "invalid partition" in said, said
+    slurm.ask("scontrol", "update", "PartitionName=high", "State=DOWN")
+    try:
+        resources.write_text(RESOURCES.replace("partition: low", "partition: high"))
+        assert not list(layout.submissions(launch.runs).glob("*.json"))
+        assert "submitted 8 tasks" in launch("submit")
+    finally:
+        slurm.ask("scancel", "--name=few,few-evaluate,few-conclude", check=False)
+        slurm.ask("scontrol", "update", "PartitionName=high", "State=UP")
+
+
 def test_a_thousand_runs_are_submitted_watched_and_cancelled_in_seconds(slurm, tmp_path, fault):
     many = SWEEP.replace("seeds: [0]", f"seeds: {list(range(250))}").replace("[480, 960, 19200]", "[480]")
     (tmp_path / "many.yaml").write_text(many)
