@@ -41,6 +41,8 @@ _DOES = {WHOLE: (TRAIN, EVALUATE), TRAIN: (TRAIN,), EVALUATE: (EVALUATE,), CONCL
 # SLURM's words for a job that will do nothing any more (squeue's manual, JOB STATE CODES).
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
           "TIMEOUT"}  # fmt: skip
+# Why a task waits that will start by itself (squeue's manual, JOB REASON CODES); anything else is told.
+_PATIENCE = {"None", "Priority", "Resources", "Dependency", "JobArrayTaskLimit", "BeginTime", "Cleaning"}
 
 
 class NoScheduler(InvalidInput):
@@ -53,6 +55,13 @@ class Task:
 
     job_id: str
     state: str  # SLURM's word: PENDING, RUNNING, COMPLETING, ...
+    reason: str = ""  # SLURM's word for why it does not start
+
+    @property
+    def held(self) -> str | None:
+        """What keeps it from starting by itself, if anything does."""
+        waits = self.state == "PENDING" and self.reason not in _PATIENCE
+        return f"job {self.job_id} waits: {self.reason}" if waits and self.reason else None
 
 
 @contextmanager
@@ -99,7 +108,7 @@ def adopt(runs_dir: Path) -> None:
         orphans = {comment: file for comment, file in _announced(runs_dir).items() if file["job"] is None}
         if not orphans:
             return
-        numbers = {comment: job_id for job_id, _, comment in _queue()}
+        numbers = {comment: task.job_id for task, comment in _queue()}
         for comment in orphans.keys() & numbers.keys():
             submitted(runs_dir, comment, numbers[comment])
         if not any(time.time() - file["at"] < _SBATCH_SECONDS for comment, file in orphans.items()
@@ -115,11 +124,11 @@ def live(runs_dir: Path, sweep: str | None = None) -> dict[tuple[str, str], Task
     """
     announced = _announced(runs_dir, sweep)
     found: dict[tuple[str, str], Task] = {}
-    for job_id, state, comment in _queue() if announced else ():
+    for task, comment in _queue() if announced else ():
         if comment in announced:
             file = announced[comment]
-            for trunk_id in file["tasks"][_index(job_id)]:
-                found[file["stage"], trunk_id] = Task(job_id, state)
+            for trunk_id in file["tasks"][_index(task.job_id)]:
+                found[file["stage"], trunk_id] = task
     return found
 
 
@@ -142,7 +151,7 @@ def reconcile(states: list[RunState], runs_dir: Path) -> list[RunState]:
         and state.planned.spec.trunk_id in submitted_trunks
         and (state.state != "running" or (state.job and state.job not in working))
     ]
-    awaited = {(stage, trunk_id) for (done_by, trunk_id) in tasks for stage in _DOES[done_by]}
+    awaited = {(stage, trunk_id): task for (done_by, trunk_id), task in tasks.items() for stage in _DOES[done_by]}
     # Files are read after the queue: what a task did before it left is there.
     works = {state.planned.spec.id: _next(state, runs_dir, last) for state in unsettled}
     gone = {last[work] for work in works.values() if work not in awaited}
@@ -150,7 +159,7 @@ def reconcile(states: list[RunState], runs_dir: Path) -> list[RunState]:
     with contextlib.suppress(NoScheduler):
         ends = _ends(gone) if gone else {}
     settled = {
-        state.planned.spec.id: replace(state, state="queued", error=None)
+        state.planned.spec.id: replace(state, state="queued", error=awaited[work].held)
         if (work := works[state.planned.spec.id]) in awaited
         else _without(state, last[work], ends, runs_dir)
         for state in unsettled
@@ -207,11 +216,11 @@ def scancel(job_ids: Sequence[str]) -> None:
         _ask("scancel", *job_ids[first : first + 500])
 
 
-def _queue() -> Iterator[tuple[str, str, str]]:
-    """(id, state, comment) of each of this user's tasks in the queue."""
-    for line in _ask("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%k").splitlines():
-        job_id, state, comment = line.split("|", 2)
-        yield job_id, state, comment
+def _queue() -> Iterator[tuple[Task, str]]:
+    """Each of this user's tasks in the queue, and its comment."""
+    for line in _ask("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%i|%T|%r|%k").splitlines():
+        job_id, state, reason, comment = line.split("|", 3)
+        yield Task(job_id, state, reason), comment
 
 
 def _announced(runs_dir: Path, sweep: str | None = None) -> dict[str, dict]:

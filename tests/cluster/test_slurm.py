@@ -188,6 +188,7 @@ def test_what_is_cancelled_before_it_starts_is_known_at_once(slurm, tmp_path):
         assert [row["trunk_id"] for row in stopped] == [launch.trunks()[task]] and len(others) == 3, rows
         assert f"job {task}: CANCELLED" in stopped[0]["error"]
         assert {row["state"] for row in rows if row not in stopped} == {"queued"}
+        assert all("waits: PartitionDown" in row["error"] for row in rows if row not in stopped), rows
         assert "submitted 2 tasks" in launch("submit"), "its training and its evaluation"
         launch("cancel")
         assert {row["state"] for row in launch.states().values()} == {"stopped"}
