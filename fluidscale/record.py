@@ -119,12 +119,18 @@ def now() -> str:
 
 
 def git_revision() -> str:
-    """The code's revision, with a + where the tree has changes; a copy of the code is told its own by the launcher."""
+    """The code's revision, with a + where the tree has changes; a copy of the code is told its own by the launcher.
+
+    Empty where nobody can tell: outside of a checkout, or without git.
+    """
     if "FLUIDSCALE_GIT_REV" in os.environ:
         return os.environ["FLUIDSCALE_GIT_REV"]
     here = str(Path(__file__).resolve().parent)
     command = ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=10"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
     return answer.stdout.strip() if answer.returncode == 0 else ""
 
 

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from fluidscale.record import flatten, planned, read_json, varying, write_atomic, write_json
+from fluidscale.record import flatten, git_revision, planned, read_json, varying, write_atomic, write_json
 from fluidscale.spec import InvalidInput
 from fluidscale.sweep import load_sweep
 
@@ -41,6 +41,12 @@ def test_missing_is_none_and_broken_is_said(tmp_path):
     (tmp_path / "torn.json").write_text('{"a": 1')
     with pytest.raises(InvalidInput, match=r"torn\.json: not JSON"):
         read_json(tmp_path / "torn.json")
+
+
+def test_without_git_the_revision_is_empty(tmp_path, monkeypatch):
+    monkeypatch.delenv("FLUIDSCALE_GIT_REV", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_revision() == ""
 
 
 def test_a_plan_knows_what_the_table_will_say():
