@@ -64,14 +64,18 @@ class Placement:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A file beside the target to write to, then flushed and renamed: a reader sees the old file or the new one."""
+def atomic(path: Path, flush: bool = True) -> Iterator[Path]:
+    """A file beside the target to write to, then flushed and renamed: a reader sees the old file or the new one.
+
+    Each process has a name of its own for it. Without `flush` a crash of the machine may leave the target empty.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if flush:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

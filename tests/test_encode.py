@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import tarfile
+import threading
 
 import numpy as np
 import pyarrow
@@ -17,13 +18,15 @@ from real_formats import coco, pictures, tiny_t5, tiny_vq
 from safetensors.torch import load_file, save_file
 
 from fluidscale.data import encoding
-from fluidscale.data.captioned import CaptionedShards, read_manifest, verify
+from fluidscale.data.captioned import CaptionedShards, file_facts, read_manifest, verify
 from fluidscale.data.datasets import open_dataset
+from fluidscale.data.encoding import Encoder, encode_part
 from fluidscale.data.pictures import square
 from fluidscale.data.sampler import positions, samples_at
 from fluidscale.encode import main
 from fluidscale.spec import InvalidInput
 from fluidscale.tokens.image import load_tokenizer
+from fluidscale.tokens.text import TextEncoder
 
 IMAGES, PER_PART, VAL = 21, 6, 4
 
@@ -111,6 +114,39 @@ def test_a_stopped_encoding_goes_on_where_it_was(stack, monkeypatch):
     assert main(command(stack, "stopped")) == 0
     assert encoded[3:] == [PER_PART, IMAGES + 1 - 3 * PER_PART]
     assert (stack / "stopped" / "manifest.json").read_bytes() == (stack / "shards" / "manifest.json").read_bytes()
+
+
+def test_two_processes_on_one_part_leave_what_they_recorded(stack, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "WINDOW", 4)
+    (part, *_) = open_dataset(stack / "images", stack / "captions.json", PER_PART).parts
+    tokenizer, half, other_begins, asked = load_tokenizer(str(stack / "vq")), threading.Event(), threading.Event(), []
+
+    class Slow(TextEncoder):
+        def features(self, ids):
+            asked.append(threading.current_thread().name)
+            if asked == ["first", "first"]:
+                # In the middle of the file: here the other one would begin the same file anew.
+                half.set()
+                other_begins.wait(1)
+            if "second" in asked:
+                other_begins.set()
+                first.join()
+            return super().features(ids)
+
+    def encode():
+        text = Slow(stack / "t5", "bfloat16", 6, "cpu")
+        encode_part(tmp_path, 0, part(), Encoder(tokenizer, text, "cached"), lambda images: None)
+
+    first, second = (threading.Thread(target=encode, name=name) for name in ("first", "second"))
+    (tmp_path / ".part-00000-features.npy.7.tmp").write_bytes(b"of a process that was killed")
+    first.start()
+    assert half.wait(60)
+    second.start()
+    for thread in (first, second):
+        thread.join()
+    recorded = json.loads((tmp_path / "part-00000.json").read_text())["files"]
+    assert recorded == {name: file_facts(tmp_path / name) for name in recorded}
+    assert set(asked) == {"first"} and not list(tmp_path.glob("*.tmp"))
 
 
 def test_bad_pictures_are_listed_and_never_fatal(stack):

@@ -93,6 +93,23 @@ def test_an_interrupted_drawing_continues_to_the_same_images(subject, monkeypatc
     assert drawn == [2]
 
 
+def test_two_processes_that_draw_one_image_do_not_disturb_each_other(tmp_path, monkeypatch):
+    path, image, save, saved = tmp_path / "000000.png", np.full((8, 8, 3), 7, np.uint8), Image.Image.save, []
+
+    def save_with_company(self, to, **options):
+        save(self, to, **options)
+        saved.append(to)
+        if len(saved) == 1:
+            with monkeypatch.context() as another:
+                another.setattr("os.getpid", lambda: 7)
+                generate._write_image(path, image)
+
+    monkeypatch.setattr(Image.Image, "save", save_with_company)
+    generate._write_image(path, image)
+    assert np.array_equal(np.asarray(Image.open(path)), image) and len(saved) == 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_repeated_prompts_have_seeds_of_their_own(subject):
     samples = draw(subject, "twice", [PROMPTS[0], PROMPTS[0], PROMPTS[1]])
     assert len({row["seed"] for row in samples.rows}) == 3

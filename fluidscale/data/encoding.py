@@ -22,7 +22,7 @@ from fluidscale.data.captioned import STORED, file_facts, ragged, store_array, w
 from fluidscale.data.datasets import Dataset, Item
 from fluidscale.data.pictures import RULE, square
 from fluidscale.data.shards import locked
-from fluidscale.record import read_json, write_atomic, write_json
+from fluidscale.record import atomic, read_json, write_atomic, write_json
 from fluidscale.spec import InvalidInput, digest
 
 if TYPE_CHECKING:
@@ -95,11 +95,20 @@ def part_name(index: int) -> str:
 def encode_part(folder: Path, index: int, items: Iterator[Item], encoder: Encoder, progress: Progress) -> None:
     """Encodes one part and marks it complete; one that is complete already is left alone.
 
-    Pictures and captions that are of no use go to the part's list of rejected ones.
+    One process at a time: another that comes to the same part waits, and then finds it complete. Pictures and captions
+    that are of no use go to the part's list of rejected ones.
     """
     name = part_name(index)
-    if (folder / f"{name}.json").exists():
-        return
+    with locked(folder / f".{name}.lock"):
+        if (folder / f"{name}.json").exists():
+            return
+        for partial in folder.glob(f".{name}-*.tmp"):
+            # Of a process that was killed: only the lock's holder writes here.
+            partial.unlink()
+        _encode_part(folder, name, items, encoder, progress)
+
+
+def _encode_part(folder: Path, name: str, items: Iterator[Item], encoder: Encoder, progress: Progress) -> None:
     rejected: list[dict[str, str]] = []
     tokens: list[np.ndarray] = []
     rows: list[dict[str, Any]] = []
@@ -157,20 +166,19 @@ def _store_features(path: Path, ids: Sequence[np.ndarray], text: TextEncoder) ->
     """Features of one caption after the other, straight into the file: those of a part need not fit into memory."""
     import torch
 
-    temporary = path.with_suffix(".tmp")
     shape = (sum(len(one) for one in ids), text.width)
     if not shape[0]:
         store_array(path, np.zeros(shape, STORED[text.dtype]))
         return
-    stored = np.lib.format.open_memmap(temporary, mode="w+", dtype=STORED[text.dtype], shape=shape)
-    start = 0
-    for first in range(0, len(ids), WINDOW):
-        for values in text.features(ids[first : first + WINDOW]):
-            bits: torch.Tensor = values.view(torch.uint16) if text.dtype == "bfloat16" else values
-            stored[start : start + len(values)] = bits.numpy()
-            start += len(values)
-    stored.flush()
-    temporary.replace(path)
+    with atomic(path) as temporary:
+        stored = np.lib.format.open_memmap(temporary, mode="w+", dtype=STORED[text.dtype], shape=shape)
+        start = 0
+        for first in range(0, len(ids), WINDOW):
+            for values in text.features(ids[first : first + WINDOW]):
+                bits: torch.Tensor = values.view(torch.uint16) if text.dtype == "bfloat16" else values
+                stored[start : start + len(values)] = bits.numpy()
+                start += len(values)
+        stored.flush()
 
 
 def _write_index(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -186,9 +194,8 @@ def _write_index(path: Path, rows: list[dict[str, Any]]) -> None:
         },
         schema=pyarrow.schema(list(columns.items())),
     )
-    temporary = path.with_suffix(".tmp")
-    pyarrow.parquet.write_table(table, temporary)
-    temporary.replace(path)
+    with atomic(path) as temporary:
+        pyarrow.parquet.write_table(table, temporary)
 
 
 def finish(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
@@ -248,9 +255,8 @@ def _merge_index(folder: Path, parts: int, rows: dict[str, np.ndarray]) -> None:
     splits = np.full(table.num_rows, "", dtype=object)
     for name, chosen in rows.items():
         splits[chosen] = name
-    temporary = folder / "index.tmp"
-    pyarrow.parquet.write_table(table.append_column("split", pyarrow.array(splits, pyarrow.string())), temporary)
-    temporary.replace(folder / "index.parquet")
+    with atomic(folder / "index.parquet") as temporary:
+        pyarrow.parquet.write_table(table.append_column("split", pyarrow.array(splits, pyarrow.string())), temporary)
 
 
 __all__ = ["Encoder", "begin", "encode_part", "finish", "read"]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from fluidscale.evaluate.protocol import Progress, Subject, protocol_id, silent
 from fluidscale.evaluate.samples import DRAWING, PROMPTS, Samples, read_image
 from fluidscale.model.generator import generate
 from fluidscale.model.transformer import Text
-from fluidscale.record import write_atomic, write_json
+from fluidscale.record import atomic, write_atomic, write_json
 from fluidscale.spec import canonical
 from fluidscale.world.captions import PREFIX
 
@@ -145,10 +144,9 @@ def _draw(images: list[tuple[Drawing, dict[str, Any]]]) -> Iterator[int]:
 
 
 def _write_image(path: Path, image: np.ndarray) -> None:
-    # Renamed into place but not flushed to disk one by one: a lost image is drawn again, at less than its flush costs.
-    temporary = path.with_suffix(".tmp")
-    Image.fromarray(image).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    # Not flushed to disk one by one: a lost image is drawn again, at less than its flush costs.
+    with atomic(path, flush=False) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG")
 
 
 def _showcase(samples: Samples, count: int = 24) -> tuple[list[np.ndarray], list[str]]:
