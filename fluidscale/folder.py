@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fluidscale.processes import lives
 from fluidscale.record import Placement, now, read_json, write_atomic, write_json
 from fluidscale.spec import from_dict
 
@@ -53,10 +54,16 @@ class RunFolder:
         return from_dict(Placement, read_json(path) or {}, str(path))
 
     def open_for_writing(self, trunk_id: str) -> None:
-        """For the one process that computes the run: removes what dead writers left, and sets the ballast aside."""
+        """For the one process that computes the run: removes what dead writers left, and sets the ballast aside.
+
+        The trunk's folder is cleaned before training only: while this run is evaluated, a sibling may write there.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for place in (self.checkpoints, trunk_folder(self.path.parent, trunk_id)):
+        trunk = () if self.weights.exists() else (trunk_folder(self.path.parent, trunk_id),)
+        for place in (self.checkpoints, *trunk):
             for partial in place.glob(".*.tmp"):
+                if _is_being_written(partial):
+                    continue
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
         if not self._ballast.exists():
             write_atomic(self._ballast, b"\0" * _BALLAST_BYTES)
@@ -90,6 +97,12 @@ class RunFolder:
             except (json.JSONDecodeError, KeyError):
                 break
         write_atomic(self.metrics, "".join(line + "\n" for line in kept))
+
+
+def _is_being_written(partial: Path) -> bool:
+    """Whether the process whose number its name carries lives here; a folder of several processes carries none."""
+    pid = partial.name.split(".")[-2]
+    return pid.isdigit() and lives(int(pid))
 
 
 def trunk_folder(runs: Path, trunk_id: str) -> Path:

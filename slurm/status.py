@@ -16,6 +16,7 @@ from typing import Any
 
 from fluidscale import flops
 from fluidscale.folder import RunFolder
+from fluidscale.processes import lives
 from fluidscale.record import read_json, write_json
 from slurm import attempts, claim, layout
 from slurm.attempts import Attempt
@@ -163,15 +164,8 @@ def _alive(status: dict[str, Any], trunk_held: bool) -> bool:
     if status.get("host") != socket.gethostname():
         # Locks of another machine are not always visible here (NFS): its heartbeat is.
         return trunk_held or time.time() - status.get("heartbeat", 0) < SILENCE_SECONDS
-    return trunk_held or (_process_lives(status.get("pid", 0)) and time.time() - status["heartbeat"] < SILENCE_SECONDS)
-
-
-def _process_lives(pid: int) -> bool:
-    """Whether a process of this machine runs; a zombie does not. For runs started by hand, which hold no claim."""
-    stat = Path(f"/proc/{pid}/stat")
-    with contextlib.suppress(OSError):
-        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
+    # The process is asked for runs started by hand, which hold no claim.
+    return trunk_held or (lives(status.get("pid", 0)) and time.time() - status["heartbeat"] < SILENCE_SECONDS)
 
 
 def _scores(run_dir: Path) -> dict[str, tuple[float, float | None]]:
