@@ -2,7 +2,8 @@
 
     python -m fluidscale.run runs/ID/spec.json --dir runs/ID
 
-A record.json in the folder means that the run is done; running it again then costs nothing.
+A record.json in the folder means that the run is done; running it again then costs nothing. Ctrl-C and SIGTERM stop
+the training after its step, with a checkpoint, and the same command continues; a second Ctrl-C ends at once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluidscale.folder import RunFolder
+from fluidscale.processes import deaf
 from fluidscale.record import Placement, git_revision, is_full, read_json, row, write_atomic, write_json
 from fluidscale.spec import InvalidInput, RunSpec, from_dict, run_spec_from_json, to_json
 
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fluidscale.run")
 _POLL_SECONDS = 0.2
+
+
+class Interrupted(BaseException):
+    """Ctrl-C came a second time; no KeyboardInterrupt, of which Lightning makes an exit with an error."""
 
 
 def run(
@@ -61,7 +68,7 @@ def run(
             if ranks is None:
                 return _start_processes(folder, placement, should_stop)
             return _compute(spec, folder, placement, should_stop, ranks)
-        except (Stopped, KeyboardInterrupt) as error:
+        except (Stopped, Interrupted, KeyboardInterrupt) as error:
             log.info("%s", str(error) or "interrupted")
             folder.set_status("stopped", error=str(error) or "interrupted")
             raise
@@ -95,7 +102,9 @@ def _start_processes(folder: RunFolder, placement: Placement, should_stop: Calla
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={placement.devices}"]
     command += ["-m", module, str(path / "spec.json"), "--dir", str(path), "--placement", str(path / "placement.json")]
     with open(path / "processes.txt", "w") as output:
-        processes = subprocess.Popen(command, stdout=output, stderr=output)
+        # A terminal's Ctrl-C reaches them from here, as SIGTERM: torchrun would tell them a second time.
+        with deaf(signal.SIGINT):
+            processes = subprocess.Popen(command, stdout=output, stderr=output)
         try:
             while processes.poll() is None:
                 if should_stop():
@@ -279,11 +288,30 @@ def _versions() -> str:
     return " ".join(f"{name}={version(name)}" for name in ("fluidscale", "torch", "lightning", "numpy"))
 
 
-def _told_to_stop() -> Callable[[], bool]:
-    """Whether SIGTERM has come: the run then stops after its step and leaves a checkpoint."""
-    told: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-    return lambda: bool(told)
+class _Told:
+    """Whether SIGTERM or Ctrl-C has come while it is open: the run then stops after its step, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __enter__(self) -> _Told:
+        self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __call__(self) -> bool:
+        return bool(self.number)
+
+    def _hear(self, number: int, _: Any) -> None:
+        if self.number and number == signal.SIGINT:
+            raise Interrupted
+        self.number = number
+        if number == signal.SIGINT:
+            # Past Python's own buffers, in the middle of whose writing a signal may come.
+            os.write(2, b"stopping after the step of training; Ctrl-C again ends at once\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -295,6 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     from fluidscale.train.callbacks import Stopped
 
+    told = _Told()
     try:
         if not arguments.spec.exists():
             raise InvalidInput(f"{arguments.spec}: no such file; `make plan` shows a sweep's runs")
@@ -302,13 +331,18 @@ def main(argv: list[str] | None = None) -> int:
         content = read_json(arguments.placement) if arguments.placement else {}
         placement = from_dict(Placement, content or {}, str(arguments.placement))
         logging.basicConfig(level=logging.INFO, format="%(message)s")
-        record = run(spec, arguments.dir, placement, _told_to_stop())
+        with told:
+            record = run(spec, arguments.dir, placement, told)
     except InvalidInput as error:
         print(error, file=sys.stderr)
         return 2
     except Stopped as stopped:
         print(f"{stopped}; the same command continues from there", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        # Of several processes another may have been told.
+        return 128 + (told.number or signal.SIGTERM)
+    except Interrupted:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 128 + signal.SIGINT
     # Of several processes the first one alone has something to say.
     if record is not None:
         print(f"{record['status']}: {arguments.dir / 'record.json'}")

@@ -75,22 +75,32 @@ def execute(spec: RunSpec, run_dir: Path, placement: Placement, should_stop: Cal
 class StopSignal:
     """SIGTERM asks the run to stop after its step; a run that does not hear is unwound after STOP_SECONDS."""
 
-    def __init__(self) -> None:
-        self.received = False
-        signal.signal(signal.SIGTERM, self._ask)
-        signal.signal(signal.SIGALRM, self._unwind)
+    def __init__(self, *more: int) -> None:
+        """`more` signals ask the same."""
+        self.number = 0
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, *more)}
+        self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._unwind)
 
     def __call__(self) -> bool:
-        return self.received
+        return bool(self.number)
+
+    def close(self) -> None:
+        """Nothing is unwound any more, and signals mean what they did before."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def cause(self) -> str:
         """The end of an attempt that was stopped."""
         return "stopped"
 
-    def _ask(self, *_: Any) -> None:
-        if not self.received:
+    def _ask(self, number: int, _: Any) -> None:
+        if self.number and number == signal.SIGINT:
+            # A second Ctrl-C of somebody who sits there and does not want to wait.
+            raise Stopped
+        if not self.number:
             signal.setitimer(signal.ITIMER_REAL, STOP_SECONDS)
-        self.received = True
+        self.number = self.number or number
 
     def _unwind(self, *_: Any) -> None:
         raise Stopped
@@ -116,6 +126,22 @@ def work(queue_path: str, slot_number: int, execute: Execute = execute) -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         slot.release()
+
+
+def work_here(queue: Queue, execute: Execute = execute) -> int:
+    """Works on all trunks in this process; returns the signal that stopped it, 0 when none did."""
+    # Ctrl-C as well: of a KeyboardInterrupt Lightning makes an exit that looks like the run's own fault.
+    stop = StopSignal(signal.SIGINT)
+    worker = Worker(queue, stop, execute)
+    try:
+        for trunk_id in queue.trunks:
+            worker.train(trunk_id)
+    except Stopped:
+        # As in `work`.
+        pass
+    finally:
+        stop.close()
+    return stop.number
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -197,7 +196,7 @@ def _submit(arguments: argparse.Namespace, console: Console) -> int:
 def _train(planned: plan.Plan, runs_dir: Path, arguments: argparse.Namespace, console: Console) -> int | None:
     """Trains what is missing; an exit code when the sweep is not to be concluded now."""
     from slurm import local
-    from slurm.job import StopSignal, Worker
+    from slurm.job import work_here
 
     launch_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
     held = claim.take(layout.launch(runs_dir, launch_id), local.launch_facts(planned.sweep.name))
@@ -205,10 +204,9 @@ def _train(planned: plan.Plan, runs_dir: Path, arguments: argparse.Namespace, co
     try:
         queue = local.prepare(planned, runs_dir, launch_id, arguments.retry_failed, arguments.max_gpu_hours)
         if arguments.cluster == "debug":
-            worker = Worker(queue, StopSignal())
-            for trunk_id in queue.trunks:
-                worker.train(trunk_id)
-            return 128 + signal.SIGTERM if worker.stop() else None
+            if number := work_here(queue):
+                return _stopped(number, status.read_states(planned, runs_dir), console)
+            return None
         if arguments.cluster == "slurm":
             from slurm.array import submit
 
@@ -290,9 +288,14 @@ def _supervise(planned: plan.Plan, workers: Workers, console: Console) -> int | 
             return 1
         if stop.times:
             mirror.patience = local.STOP_SECONDS
-            console.print(f"stopped: {status.tally(states)}. The same command continues from the last checkpoints.")
-            return 128 + stop.signum
+            return _stopped(stop.signum, states, console)
     return None
+
+
+def _stopped(signum: int, states: list[status.RunState], console: Console) -> int:
+    """Says what a signal left behind; the exit code of a program that it ended."""
+    console.print(f"stopped: {status.tally(states)}. The same command continues from the last checkpoints.")
+    return 128 + signum
 
 
 def _conclude(planned: plan.Plan, runs_dir: Path, arguments: argparse.Namespace, console: Console) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ import psutil
 from submitit.local.local import LocalExecutor, LocalJob
 
 from fluidscale.folder import RunFolder
+from fluidscale.processes import deaf
 from fluidscale.record import now, read_json, write_atomic, write_json
 from fluidscale.spec import InvalidInput, run_spec_from_json, to_json
 from slurm import claim, layout
@@ -161,7 +161,8 @@ class Workers:
         executor = LocalExecutor(layout.worker_logs(self.runs_dir))
         gpus = self.machine.gpus[number : number + 1]
         executor.update_parameters(timeout_min=_FOREVER_MINUTES, gpus_per_node=len(gpus), visible_gpus=gpus)
-        with _own_signals(), _environment(self.machine.profile.environment):
+        # Neither the terminal's Ctrl-C nor its closing: the launcher alone stops them, cleanly.
+        with deaf(signal.SIGINT, signal.SIGHUP), _environment(self.machine.profile.environment):
             job = executor.submit(work, str(self.queue.path), number, self.execute)
         assert isinstance(job, LocalJob)
         return job
@@ -241,18 +242,6 @@ def send(pid: int, number: int) -> None:
         os.kill(pid, number)
     except ProcessLookupError:
         return
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Children started here never see the terminal's Ctrl-C or its closing: only the launcher stops them, cleanly."""
-    assert threading.current_thread() is threading.main_thread()
-    blocked = {signal.SIGINT, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -19,7 +20,7 @@ from fluidscale.record import read_json, write_json
 from fluidscale.spec import InvalidInput
 from slurm import attempts, budget, claim, launch, layout, local, status
 from slurm.attempts import MAX_DEATHS, Attempt
-from slurm.job import StopSignal, Worker
+from slurm.job import StopSignal, Worker, work_here
 from slurm.placement import load_profile
 
 
@@ -136,6 +137,31 @@ def test_a_run_that_stops_since_another_of_its_processes_was_told_first_has_not_
     assert [life.end for life in attempts.read(folder)] == ["stopped"]
     # No other run was begun: its processes would have waited for those that had heard.
     assert not any(attempts.read(RunFolder(other)) for other in queue.run_dirs[1:])
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_in_a_worker_of_this_process_is_a_stop_and_no_fault_of_the_run(planned, tmp_path, times):
+    queue, before = local.prepare(planned, tmp_path, "work", retry_failed=False), signal.getsignal(signal.SIGINT)
+
+    def as_lightning(spec, run_dir, placement, should_stop):
+        try:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+            cheap(spec, run_dir, placement, should_stop if times == 1 else lambda: False)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            sys.exit(1)
+
+    try:
+        assert work_here(queue, as_lightning) == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    first, *others = [RunFolder(run_dir) for run_dir in queue.run_dirs]
+    assert first.status["state"] == "stopped" and attempts.read(first)[-1].end == "stopped"
+    assert not any(attempts.read(other) for other in others)
+    assert work_here(queue, cheap) == 0
+    assert all(state.state == "done" for state in status.read_states(planned, tmp_path))
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import pytest
 from fluidscale.folder import RunFolder, trunk_checkpoint, trunk_folder
 from fluidscale.record import VOLATILE, Placement
 from fluidscale.run import load_trained, main, run
-from fluidscale.spec import ARMS, InvalidInput
-from fluidscale.train.callbacks import Stopped
+from fluidscale.spec import ARMS, InvalidInput, to_json
+from fluidscale.train.callbacks import Monitor, Stopped
 from fluidscale.train.checkpoint import NEWEST
 
 OFTEN = Placement(device="cpu", checkpoint_steps=5)
@@ -77,6 +78,33 @@ def test_a_corrupt_newest_checkpoint_costs_only_the_steps_since_the_one_before(t
     log = (broken / "log.txt").read_text()
     assert "does not load" in log and "training from step 20 of 40" in log
     assert weights(straight) == weights(broken)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_is_never_lightnings_and_the_same_command_continues(tmp_path, tiny_spec, monkeypatch, capfd, times):
+    spec = tiny_spec("discrete-raster")
+    folder, after_step = RunFolder(tmp_path / "b" / spec.id), Monitor.after_step
+
+    def interrupted(self, trainer, module):
+        after_step(self, trainer, module)
+        for _ in range(times if trainer.global_step == 7 else 0):
+            signal.raise_signal(signal.SIGINT)
+
+    run(spec, tmp_path / "a" / spec.id, OFTEN)
+    (tmp_path / "spec.json").write_text(to_json(spec))
+    (tmp_path / "where.json").write_text(json.dumps(dataclasses.asdict(OFTEN)))
+    words = [str(tmp_path / "spec.json"), "--dir", str(folder.path), "--placement", str(tmp_path / "where.json")]
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as hooked:
+        hooked.setattr(Monitor, "after_step", interrupted)
+        assert main(words) == 128 + signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is before
+    assert folder.status["state"] == "stopped"
+    assert "the same command continues" in capfd.readouterr().err.splitlines()[-1]
+    assert main(words) == 0
+    # Asked once it stops after its step; asked twice it falls back on the checkpoint before.
+    assert f"training from step {7 if times == 1 else 5} of 24" in (folder.path / "log.txt").read_text()
+    assert weights(folder.path) == weights(tmp_path / "a" / spec.id)
 
 
 def test_a_loss_that_is_not_finite_is_a_result(tmp_path, tiny_spec):
