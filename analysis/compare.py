@@ -25,6 +25,8 @@ from analysis.table import AXES, is_part
 
 # the usual power of a planned comparison (Cohen 1988, Statistical Power Analysis, 2.4)
 POWER = 0.8
+# arms without named sizes: parameters within this share are one size; published ladders step by 1.4 and more
+SAME_SIZE = 0.15
 
 
 @dataclass(frozen=True)
@@ -88,24 +90,42 @@ def _over_images(a: Points, b: Points, pair: _Pair) -> float | None:
     return None if both is None else paired_error(both[: len(sides[0])], both[len(sides[0]) :])
 
 
-def _by_rank(points: Points) -> list[np.ndarray]:
-    """Indices of the points of each size, smallest first; arms may differ slightly in parameters at equal size."""
-    return [np.flatnonzero(points.n == n) for n in np.unique(points.n)]
+def _common_sizes(a: Points, b: Points) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Indices of both arms' points of each size that both have, smallest first.
+
+    Sizes go by name, since a head and a vocabulary count among an arm's parameters; where names do not tell them, by N:
+    each with the nearest of the other arm within SAME_SIZE.
+    """
+    if not (len(a) and len(b) and np.isfinite([*a.n, *b.n]).all()):
+        return []
+    n, m = np.unique(a.n), np.unique(b.n)
+    of_a, of_b = (np.array([p.sizes.get(int(row), "") for row in p.rows]) for p in (a, b))
+    named = (of_a != "").all() and (of_b != "").all()
+    if named and len(np.unique(of_a)) == len(n) and len(np.unique(of_b)) == len(m):
+        same = [(name, name) for name in np.intersect1d(of_a, of_b)]
+    else:
+        of_a, of_b = a.n, b.n
+        apart = np.abs(np.log(n[:, None] / m))
+        near = [(i, j) for i, j in enumerate(apart.argmin(1)) if apart[:, j].argmin() == i]
+        same = [(n[i], m[j]) for i, j in near if apart[i, j] <= np.log1p(SAME_SIZE)]
+    pairs = [(np.flatnonzero(of_a == x), np.flatnonzero(of_b == y)) for x, y in same]
+    return sorted(pairs, key=lambda pair: float(a.n[pair[0]].min()))
 
 
 def _at_common_data(a: Points, b: Points) -> tuple[Points, Points] | None:
-    """Each size at the largest data size that both have there; None where their sizes have no counterpart.
+    """Each size that both have at the largest data size that both have there; None where there is no such size.
 
     Where every size has a single one in either arm, as where data grow with the models, sizes are paired as they are.
     """
-    ranks = list(zip(_by_rank(a), _by_rank(b), strict=False))
-    if not ranks or len(np.unique(a.n)) != len(np.unique(b.n)):
+    sizes = _common_sizes(a, b)
+    if not sizes:
         return None
     levels = data_levels(np.nan_to_num(np.concatenate([a.d, b.d])))
     of_a, of_b = levels[: len(a)], levels[len(a) :]
-    grows = len(set(of_a)) == len(set(of_b)) == len(ranks)
+    shared = [np.concatenate(side) for side in zip(*sizes, strict=True)]
+    grows = len(set(of_a[shared[0]])) == len(set(of_b[shared[1]])) == len(sizes)
     kept: list[list[np.ndarray]] = []
-    for i, j in ranks:
+    for i, j in sizes:
         common = set(of_a[i]) & set(of_b[j])
         if not common and not (grows and len(set(of_a[i])) == len(set(of_b[j])) == 1):
             return None
@@ -228,7 +248,7 @@ def contrast(
     own_protocols: bool = False,
     noises: Noises = (None, None),
 ) -> Contrast | None:
-    """The difference a - b `at` the "smallest", "largest" or "all" sizes; None where they cannot be paired.
+    """The difference a - b `at` the "smallest", "largest" or "all" sizes of both; None where none can be paired.
 
     One size: an interval from run-to-run and evaluation noise; where neither an arm's law nor the pair's own
     replicates say what another seed would give, `noises` of the two, pooled over like groups, are the least. All
@@ -242,8 +262,7 @@ def contrast(
     a, b = both
     if not (own_protocols or comparable(a, b)):
         return None
-    ranks_a, ranks_b = _by_rank(a), _by_rank(b)
-    pairs = [_pair(a, b, i, j) for i, j in zip(ranks_a, ranks_b, strict=True)]
+    pairs = [_pair(a, b, i, j) for i, j in _common_sizes(a, b)]
     between, fits = _between_seeds(pairs), (fit_a, fit_b)
     chosen = {"smallest": pairs[:1], "largest": pairs[-1:], "all": pairs}[at]
     rows = tuple(int(r) for p in chosen for r in (*a.rows[p.a], *b.rows[p.b]))
@@ -320,12 +339,12 @@ def comparisons(points: Sequence[Points], fits: Sequence[Fit], level: float) -> 
     contrasts, crossings, chances = [], [], []
     for a, b in combinations(points, 2):
         fit_a, fit_b = (law_of.get((p.metric, p.name)) for p in (a, b))
-        # Of a single size the smallest is the largest.
-        for at in ("smallest", "largest", "all") if len(np.unique(a.n)) > 1 else ("largest",):
-            both = noise_of[a.metric, a.name], noise_of[b.metric, b.name]
-            found = contrast(a, b, fit_a, fit_b, at, level, noises=both)
-            if found is not None:
-                contrasts.append(found.__dict__ | {"sign": found.sign})
+        both = noise_of[a.metric, a.name], noise_of[b.metric, b.name]
+        each = (contrast(a, b, fit_a, fit_b, at, level, noises=both) for at in ("smallest", "largest", "all"))
+        found = [c for c in each if c is not None]
+        # Of a single common size the smallest is the largest.
+        single = len({c.rows for c in found}) < len(found)
+        contrasts += [c.__dict__ | {"sign": c.sign} for c in found[single:]]
     headline = [f for f in one_axis if not is_part(f.points.metric)]
     for axis in AXES:
         along = [f for f in headline if f.law.axes == (axis,)]

@@ -32,8 +32,9 @@ class Points:
 
     `floor` and `real_floor` are a distance's reconstruction and real-to-real floors, `ceiling` a score's best value
     reachable through the tokenizer; None where the table does not give them. `answers` are a score's results prompt by
-    prompt and `images` a loss image by image, by row, where they lie beside the table. `mixed` names settings in which
-    rows of one size and data size differ: such points are shown, and no law, comparison or prediction rests on them.
+    prompt and `images` a loss image by image, by row, where they lie beside the table. `sizes` are the names of models,
+    by row, where the table has them. `mixed` names settings in which rows of one size and data size differ: such points
+    are shown, and no law, comparison or prediction rests on them.
     """
 
     group: Mapping[str, str]
@@ -52,6 +53,7 @@ class Points:
     seed: np.ndarray
     answers: Mapping[int, Answers] = field(default_factory=dict)
     images: Mapping[int, Array] = field(default_factory=dict)
+    sizes: Mapping[int, str] = field(default_factory=dict)
     floor: float | None = None
     real_floor: float | None = None
     ceiling: float | None = None
@@ -250,7 +252,7 @@ def _read_columns(table: Table, rows: pd.DataFrame, metric: str) -> list[str]:
     """The columns behind one metric: copying the hundred others with every step would cost more than the fits."""
     own = table.columns
     about = ("", "_se", "_unit", "_n", "_protocol", "_protocol_any_n", "_floor", "_real_floor")
-    keys = {"_row", "run_id", own.n, own.d, own.c, own.cluster, own.seed, own.se, "geneval_ceiling"}
+    keys = {"_row", "run_id", "size", own.n, own.d, own.c, own.cluster, own.seed, own.se, "geneval_ceiling"}
     return [c for c in rows.columns if c in keys or c in {metric + suffix for suffix in about}]
 
 
@@ -300,6 +302,7 @@ def select(
         seed=_labels(rows, columns.seed or ""),
         answers=_answers(table, rows, metric) if kind == "score" else {},
         images=_images(table, rows, metric) if kind in ("loss", "signed") else {},
+        sizes=dict(zip(rows["_row"].astype(int), _labels(rows, "size"), strict=True)),
         floor=_constant(rows, f"{metric}_floor") if kind == "distance" else None,
         real_floor=_constant(rows, f"{metric}_real_floor"),
         ceiling=_constant(rows, "geneval_ceiling") if kind == "score" and metric == "geneval" else None,

@@ -204,6 +204,32 @@ def test_arms_whose_data_grow_with_their_models_are_paired_size_by_size() -> Non
     assert found is not None and found.effect == pytest.approx(-np.log(1.1)) and found.rows == (2, 2)
 
 
+def family(name: str, sizes: list[float], names: str = "") -> Points:
+    """Models of one law at one data size; `names` has a letter for each size."""
+    rng = np.random.default_rng(0)
+    points = chinchilla_points(np.array(sizes), np.full(len(sizes), 3e11), 0.0, rng)
+    return replace(points, se=points.y * 0.001, group={"family": name}, sizes=dict(enumerate(names)))
+
+
+def test_families_of_unlike_sizes_are_compared_at_those_that_both_have() -> None:
+    """The third size of one is no counterpart of the third of another that is ten times as large."""
+    a, b = family("a", [1e7, 3e7, 1e8, 3e8]), family("b", [1.04e8, 3.1e8, 1e9, 3e9])
+    found = comparisons([a, b], [], 0.95)["contrasts"]
+    assert [(c["at"], c["rows"]) for c in found] == [("smallest", (2, 0)), ("largest", (3, 1))]
+    assert all(abs(c["effect"]) < 0.01 for c in found)
+    assert [c["at"] for c in comparisons([a, b.take(np.array([0, 3]))], [], 0.95)["contrasts"]] == ["largest"]
+    assert contrast(a, family("c", [1e9, 3e9]), None, None, "largest", 0.95) is None
+
+
+def test_sizes_go_by_their_names_where_both_arms_have_them() -> None:
+    a, b = family("a", [1e7, 3e7, 1e8], "SML"), family("b", [1.9e7, 5e7], "SM")
+    found = contrast(a, b, None, None, "largest", 0.95)
+    assert found is not None and found.rows == (1, 1)
+    unnamed = contrast(a, replace(b, sizes={}), None, None, "largest", 0.95)
+    one_name = contrast(a, replace(b, sizes={0: "S", 1: "S"}), None, None, "largest", 0.95)
+    assert unnamed is None and one_name is None, "a name that stands for several sizes tells none"
+
+
 def test_the_order_of_two_arms_does_not_change_their_interval() -> None:
     """Each arm brings the noise of its own seeds."""
     rng = np.random.default_rng(0)

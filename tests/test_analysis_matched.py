@@ -23,7 +23,8 @@ def arm(name: str, heavier: float, dearer: float, seed: int, floor: float = 1.0)
     y = (floor + 300 * n**-0.3) * np.exp(0.01 * rng.normal(size=7))
     points = chinchilla_points(n, np.full(7, 1e9), 0.0, rng)
     return replace(points, metric="fd", kind="distance", y=y, se=0.01 * y, c=6 * n * 1e9 * dearer,
-                   group={"arm": name}, floor=floor, units=np.full(7, "FD"))  # fmt: skip
+                   group={"arm": name}, floor=floor, units=np.full(7, "FD"),
+                   sizes={k: f"rung {k}" for k in range(7)})  # fmt: skip
 
 
 def laws_of(*points: Points) -> list[Fit]:
