@@ -11,7 +11,7 @@ import pandas as pd
 from analysis.fit import Fit, SeedVariance, Warned, default_objective, fit
 from analysis.laws import Law, law
 from analysis.noise import lack_of_fit, pooled_by, seed_variance
-from analysis.points import Points, select
+from analysis.points import Points, data_levels, select
 from analysis.settings import varied
 from analysis.solver import HUBER_DELTA, Objective
 from analysis.table import InvalidTable, Table, is_part, kind_of, numbers
@@ -129,8 +129,18 @@ def fit_one(
     name = choice.objective or default_objective(used).name
     objective = Objective(name, choice.delta, choice.penalty)
     done = fit(chosen, used, objective, floor if floored else None, thorough, seeds)
-    remarks = (*(warned if floored else []), *_left_lighter(chosen, points, used), *_few_trunks(chosen, used))
-    return replace(done, warnings=(*done.warnings, *remarks))
+    remarks = [*(warned if floored else []), *_left_lighter(chosen, points, used), *_few_trunks(chosen, used)]
+    return replace(done, warnings=(*done.warnings, *remarks, *_confounded(chosen, used)))
+
+
+def _confounded(chosen: Law, used: Points) -> list[Warned]:
+    """Where data grow with the models, a law along either holds what the other does: neither exponent is its own."""
+    other = {"n": "d", "d": "n"}.get(chosen.axes[0]) if len(chosen.axes) == 1 else None
+    if other is None or not np.isfinite(used.axis(other)).all() or not data_levels(used.axis(other)).any():
+        return []
+    axis, other = chosen.axes[0].upper(), other.upper()
+    message = f"{other} is not the same throughout: a law in {axis} alone holds its effect too: fit --law compute"
+    return [Warned("CONFOUNDED_LADDER", message, True)]
 
 
 def _few_trunks(chosen: Law, used: Points) -> list[Warned]:

@@ -15,6 +15,7 @@ from analysis.laws import law
 from analysis.points import Points
 from analysis.simulate import chinchilla_points, grid
 from analysis.solver import Objective, minimise
+from analysis.study import Choice, fit_one
 from analysis.table import InvalidTable
 
 
@@ -173,3 +174,13 @@ def test_a_search_cut_short_says_so_and_is_no_headline(monkeypatch: pytest.Monke
     assert "NOT_CONVERGED" in {w.code for w in found.warnings} and not found.headline
     monkeypatch.undo()
     assert "NOT_CONVERGED" not in {w.code for w in fit(law("chinchilla"), points, thorough=False).warnings}
+
+
+def test_a_ladder_whose_data_grow_with_its_models_has_a_headline_in_compute_alone() -> None:
+    n = np.geomspace(1e8, 1e10, 9)
+    grown = chinchilla_points(n, 20 * n, 5e-4, np.random.default_rng(0))
+    along_n, along_c = (fit_one(chosen, grown, Choice()) for chosen in (law("power-floor"), law("compute")))
+    assert "CONFOUNDED_LADDER" in [w.code for w in along_n.warnings] and not along_n.headline
+    assert along_c.warnings == () and along_c.headline
+    for d in (np.full(9, 1e11), 1e11 * (1 + 1e-4 * np.arange(9)), np.full(9, np.nan)):
+        assert fit_one(law("power-floor"), replace(grown, d=d), Choice()).headline
