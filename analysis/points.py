@@ -227,6 +227,15 @@ def _codes(rows: pd.DataFrame, column: str | None) -> np.ndarray:
     return pd.factorize(text)[0]
 
 
+def run_names(table: Table, rows: pd.DataFrame) -> pd.DataFrame | None:
+    """The columns by which two rows are the same run, at the rows that have them; None where the table has none."""
+    columns = table.columns
+    if "run_id" in rows:
+        return rows.loc[_labels(rows, "run_id") != "", ["run_id"]]
+    keys = [c for c in (columns.n, columns.d, columns.c, columns.seed) if c]
+    return rows.loc[:, keys] if columns.seed else None
+
+
 def _drop_duplicates(rows: pd.DataFrame, table: Table, metric: str, excluded: list[dict]) -> pd.DataFrame:
     """Equal rows count once; rows that claim to be the same run and disagree are refused."""
     columns = table.columns
@@ -237,14 +246,11 @@ def _drop_duplicates(rows: pd.DataFrame, table: Table, metric: str, excluded: li
         reason = f"repeats an earlier row ({metric} and all keys equal)"
         excluded.append({"row": int(row), "run_id": "", "code": "DUPLICATE", "reason": reason})
     rows = rows.loc[~twice]
-    if columns.seed or "run_id" in rows:
-        same = ["run_id"] if "run_id" in rows else keys
-        named = rows.loc[rows["run_id"].astype(str).str.strip() != ""] if "run_id" in rows else rows
-        clash = named.duplicated(subset=same, keep=False).to_numpy()
-        if clash.any():
-            where = ", ".join(str(r) for r in named["_row"].to_numpy()[clash][:4])
-            message = f"rows {where} are the same run by {'+'.join(same)} but differ in {metric}: keep one of them"
-            raise InvalidTable("CONTRADICTING_DUPLICATES", message)
+    names = run_names(table, rows)
+    if names is not None and (clash := names.duplicated(keep=False)).any():
+        where = ", ".join(str(r) for r in rows.loc[names.index[clash], "_row"].tolist()[:4])
+        message = f"rows {where} are the same run by {'+'.join(names)} but differ in {metric}: keep one of them"
+        raise InvalidTable("CONTRADICTING_DUPLICATES", message)
     return rows
 
 

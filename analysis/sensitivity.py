@@ -12,7 +12,7 @@ import pandas as pd
 from analysis.fit import Fit, fit
 from analysis.intervals import parameter_intervals
 from analysis.laws import Array
-from analysis.points import Points, select
+from analysis.points import Points, run_names, select
 from analysis.solver import Objective
 from analysis.study import suited
 from analysis.table import InvalidTable, Table, numbers
@@ -25,7 +25,7 @@ CONVENTIONS = {
 }
 # FLOPs of a parameter and token in training, forward and backward: Kaplan et al. 2020 (arXiv 2001.08361), 2.1
 FLOPS_PER_PARAMETER_AND_TOKEN = 6.0
-Variant = tuple[str, Points, Objective, str]
+Variant = tuple[str, Points | InvalidTable, Objective, str]
 
 
 def _columns(points: Points, frame: pd.DataFrame, names: tuple[str, ...]) -> list[Array] | None:
@@ -54,18 +54,29 @@ def _compute_conventions(points: Points, frame: pd.DataFrame) -> Iterator[tuple[
         yield "C = 6 N tokens", replace(points, c=FLOPS_PER_PARAMETER_AND_TOKEN * known[0] * known[1])
 
 
+def _never_finished(table: Table, done: pd.DataFrame, left: pd.DataFrame) -> pd.DataFrame:
+    """The rows left out of runs that have not finished since: an attempt before the one that did is not of use."""
+    finished, failed = run_names(table, done), run_names(table, left)
+    if finished is None or failed is None:
+        return left
+    known = set(finished.itertuples(index=False, name=None))
+    return left.drop(failed.index[[run in known for run in failed.itertuples(index=False, name=None)]])
+
+
 def _restored(base: Fit, table: Table) -> Iterator[Variant]:
     """With the group's rows that were left out as unfinished put back."""
     points = base.points
-    left: Any = table.left_out
+    done, left = table.frame, table.left_out
     for name, value in points.group.items():
-        left = left.loc[left[name].astype(str) == value]
+        done, left = (rows.loc[rows[name].astype(str) == value] for rows in (done, left))
+    left = _never_finished(table, done, left) if len(left) else left
     if not len(left):
         return
-    whole: Any = pd.concat([table.frame, left])
-    for name, value in points.group.items():
-        whole = whole.loc[whole[name].astype(str) == value]
-    found, _ = select(table, points.group, whole, points.metric, points.kind)
+    try:
+        found, _ = select(table, points.group, pd.concat([done, left]), points.metric, points.kind)
+    except InvalidTable as error:
+        yield "with unfinished runs", error, base.objective, "what was left out for its status cannot be put back"
+        return
     back = suited(base.law, found)
     count = int(np.isin(back.rows, left["_row"]).sum())
     if count:
@@ -98,6 +109,8 @@ def sensitivity(base: Fit, table: Table, level: float) -> list[dict[str, Any]]:
     rows = [_row("as reported", base, "", level)]
     for label, points, objective, reason in _variants(base, table):
         try:
+            if isinstance(points, InvalidTable):
+                raise points
             fitted = fit(base.law, points, objective, floor, thorough=False, seeds=base.seeds)
             rows.append(_row(label, fitted, reason, level))
         except InvalidTable as error:

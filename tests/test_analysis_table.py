@@ -300,6 +300,30 @@ def test_a_blank_group_has_a_name(tmp_path: Path) -> None:
     assert [f["group"]["family"] for f in doc["fits"]] == ["(blank)", "b"]
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_failed_run_beside_its_rerun_is_not_put_back(named: bool, tmp_path: Path) -> None:
+    table = frame().assign(seed=0, status="done", **({"run_id": [f"r{i}" for i in range(24)]} if named else {}))
+    own = table.rename(columns={"n": "params_total", "d": "images", "loss": "val_loss"})
+    failed = own.iloc[[3]].assign(status="failed", val_loss=9.9)
+    pd.concat([own, failed]).assign(val_loss_se=0.01).to_csv(tmp_path / "runs.csv", index=False)
+    options = [str(tmp_path / "runs.csv"), "--law", "chinchilla", "--no-report"]
+
+    def choices() -> dict[str, dict]:
+        assert main(options) == 0
+        return {r["choice"]: r for r in json.loads((tmp_path / "laws.json").read_text())["sensitivity"]}
+
+    assert choices() and not [c for c in choices() if "unfinished" in c]
+    twice = pd.concat([own.drop(index=3), failed, failed.assign(val_loss=8.8)])
+    twice.assign(val_loss_se=0.01).to_csv(tmp_path / "runs.csv", index=False)
+    assert choices()["with unfinished runs"]["code"] == "CONTRADICTING_DUPLICATES"
+
+
+def test_runs_without_a_name_are_not_one_run(tmp_path: Path) -> None:
+    for nothing in (None, " "):
+        frame().assign(run_id=pd.array([nothing] * 24, dtype="string")).to_parquet(tmp_path / "points.parquet")
+        assert main([str(tmp_path / "points.parquet"), *OPTIONS]) == 0
+
+
 def test_sensitivity_puts_unfinished_runs_back_and_recounts_compute(tmp_path: Path) -> None:
     own = ladder()
     mine = (own["token_kind"] == "continuous") & (own["order"] == "random")
