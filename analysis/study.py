@@ -105,6 +105,22 @@ def suited(chosen: Law, points: Points) -> Points:
     return points.largest_data()
 
 
+def _of_scores(law_name: str) -> bool:
+    return law_name in ("logit", "logit-joint")
+
+
+def _read_for(chosen: Law, points: Points, objective: str) -> Points:
+    """To a law of scores a metric of others is one. Raises InvalidTable for what is none."""
+    bounded = _of_scores(chosen.name)
+    if bounded and kind_of(points.metric) is None:
+        points = replace(points, kind="score")
+    if points.kind != "score" and (bounded or objective == "quasi-binomial"):
+        what = f"law {chosen.name}" if bounded else "the quasi-binomial"
+        way_out = "take --law power-floor" if bounded else "take --law logit, or leave out --objective"
+        raise InvalidTable("NOT_A_SCORE", f"{points.metric} in {points.name}: {what} is for scores alone: {way_out}")
+    return points
+
+
 def _axes_present(chosen: Law, table: Table) -> bool:
     return all(table.columns.axis(axis) for axis in chosen.axes)
 
@@ -116,6 +132,7 @@ def fit_one(
 
     `seeds`: what replicates show of the noise between runs; None asks these points alone, as a held-out test must.
     """
+    points = _read_for(chosen, points, choice.objective or default_objective(points).name)
     used = suited(chosen, points)
     used.agree()
     if seeds is None:
@@ -161,14 +178,23 @@ def _left_lighter(chosen: Law, points: Points, used: Points) -> list[Warned]:
 def _requested(points: Points, choice: Choice) -> list[Law]:
     if not choice.laws:
         return default_laws(points)
-    signed = points.kind == "signed"
-    return [law(name, _axis(name, points), signed_floor=signed) for name in choice.laws]
+    signed, known = points.kind == "signed", kind_of(points.metric) is not None
+    names = [name for name in choice.laws if known or _of_scores(name) == (points.kind == "score")]
+    return [law(name, _axis(name, points), signed_floor=signed) for name in names]
 
 
 def _axis(name: str, points: Points) -> str:
     """The axis of a one-axis law: N where it is known (scores: C), else the first one that is."""
     order = ("c", "n", "d") if name == "logit" else ("n", "c", "d")
     return next((axis for axis in order if np.isfinite(points.axis(axis)).all()), order[0])
+
+
+def _kinds(metric: str, choice: Choice) -> list[str | None]:
+    """As what a metric is read: one of others as a score by the laws of scores and by no other; None: by its name."""
+    if kind_of(metric) is not None or not choice.laws:
+        return [None]
+    asked = {_of_scores(name) for name in choice.laws}
+    return [kind for kind, bounded in ((None, False), ("score", True)) if bounded in asked]
 
 
 def _signed(rows: pd.DataFrame, metric: str, choice: Choice) -> str | None:
@@ -192,10 +218,9 @@ def _selected(table: Table, choice: Choice) -> tuple[list[Points], list[dict], l
     metrics: Sequence[str] = choice.metrics or table.metrics()
     if not metrics:
         raise InvalidTable("NO_METRIC", f"{table.source} has no metric of the known schema: name one with --metric")
-    kind = "score" if choice.laws and set(choice.laws) <= {"logit", "logit-joint"} else None
     found, refused, excluded = [], [], list(table.excluded)
     groups = [(group, rows, tuple(varied(rows, table.cell))) for group, rows in table.groups()]
-    for metric in metrics:
+    for metric, kind in ((m, kind) for m in metrics for kind in _kinds(m, choice)):
         for group, rows, mixed in groups:
             try:
                 points, dropped = select(table, group, rows, metric, kind or _signed(rows, metric, choice))
@@ -212,7 +237,12 @@ def _selected(table: Table, choice: Choice) -> tuple[list[Points], list[dict], l
                 found[-1].agree_in_settings()
             except InvalidTable as error:
                 refused.append(_refusal(group, metric, error))
-    return found, refused, excluded
+    return found, _once(refused), _once(excluded)
+
+
+def _once(items: Sequence[dict]) -> list[dict]:
+    """Without what a metric read in two ways says twice."""
+    return list({repr(item): item for item in items}.values())
 
 
 def _gone(excluded: Sequence[Mapping[str, object]]) -> str:
@@ -221,11 +251,11 @@ def _gone(excluded: Sequence[Mapping[str, object]]) -> str:
     return f" ({len(excluded)} rows were left out: {'; '.join(list(reasons)[:2])})" if excluded else ""
 
 
-def _replicated(points: Sequence[Points]) -> dict[tuple[str, str], SeedVariance]:
-    """Seed variance by metric and unit, pooled over groups: replicates are few, and arms of one metric are alike."""
-    sets: dict[tuple[str, str], list[Points]] = {}
+def _replicated(points: Sequence[Points]) -> dict[tuple[str, str, str], SeedVariance]:
+    """By metric, unit and kind, pooled over groups: replicates are few, and arms of one metric are alike."""
+    sets: dict[tuple[str, str, str], list[Points]] = {}
     for p in points:
-        sets.setdefault((p.metric, p.unit), []).append(p.alike())
+        sets.setdefault((p.metric, p.unit, p.kind), []).append(p.alike())
     return {key: seed_variance(members) for key, members in sets.items()}
 
 
@@ -241,7 +271,7 @@ def study(table: Table, choice: Choice) -> Study:
             if not choice.laws and not _axes_present(chosen, table):
                 continue
             try:
-                fits.append(fit_one(chosen, points, choice, seeds=seeds[points.metric, points.unit]))
+                fits.append(fit_one(chosen, points, choice, seeds=seeds[points.metric, points.unit, points.kind]))
             except InvalidTable as error:
                 refused.append(_refusal(points.group, points.metric, error, chosen))
     if not fits and choice.explicit and refused:
@@ -251,7 +281,11 @@ def study(table: Table, choice: Choice) -> Study:
         detail = first.get("message", first.get("reason")) if first else "every metric cell is blank"
         code = str(first["code"]) if first else "NOTHING_MEASURED"
         raise InvalidTable(code, f"{table.source}: no usable value: {detail}")
-    return Study(table, choice, tuple(found), tuple(_checked(fits, found)), tuple(refused), tuple(excluded))
+    shown: dict[tuple[str, str], Points] = {}
+    for points in found:
+        shown.setdefault((points.metric, points.name), points)
+    points = tuple(shown.values())
+    return Study(table, choice, points, tuple(_checked(fits, points)), tuple(refused), tuple(excluded))
 
 
 def _checked(fits: Sequence[Fit], points: Sequence[Points]) -> list[Fit]:
