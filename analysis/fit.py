@@ -376,7 +376,7 @@ def _remarks(law: Law, best: _Optimum, frozen: np.ndarray, jac: Array, weights: 
     for name, value, a, b, held in zip(law.parameters, best.theta, low, high, frozen, strict=True):
         if not held and (value <= a + 1e-12 or value >= b - 1e-12):
             message = f"{name} ended at its bound {value:.4g} (exponents in {EXPONENT_BOUNDS}, floors >= 0)"
-            warned.append(Warned("AT_BOUND", message, name != "E"))
+            warned.append(Warned("AT_BOUND", message, True))
     if not best.converged:
         warned.append(Warned("NOT_CONVERGED", "the search ended before the objective was flat: no optimum yet", True))
     if best.share < 0.2:

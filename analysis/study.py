@@ -18,6 +18,8 @@ from analysis.table import InvalidTable, Table, is_part, kind_of, numbers
 
 # a point this many standard errors from its floor, or less, says that the floor is not one
 FLOOR_TOUCH = 2.0
+# remark on a law that has no E and was not asked for by name
+FORCED_FLOOR = "FORCED_FLOOR"
 # fewer trunks do not tell how far one trunk's runs lie from another's
 ENOUGH_TRUNKS = 3
 
@@ -285,10 +287,19 @@ def study(table: Table, choice: Choice) -> Study:
     for points in found:
         shown.setdefault((points.metric, points.name), points)
     points = tuple(shown.values())
-    return Study(table, choice, points, tuple(_checked(fits, points)), tuple(refused), tuple(excluded))
+    return Study(table, choice, points, tuple(_checked(fits, points, choice)), tuple(refused), tuple(excluded))
 
 
-def _checked(fits: Sequence[Fit], points: Sequence[Points]) -> list[Fit]:
-    """Fits with a remark where replicates, pooled over groups, show that the law's form misses the data."""
+def _forced_floor(fit: Fit, choice: Choice) -> list[Warned]:
+    """The exponents of a law without a floor take up the floor that the metric may have: no headline unasked."""
+    if choice.laws or fit.points.kind == "score" or "E" in fit.law.parameters:
+        return []
+    message = f"law {fit.law.name} has no floor: its exponents are those of E = 0 (--law {fit.law.name} asks for them)"
+    return [Warned(FORCED_FLOOR, message, True)]
+
+
+def _checked(fits: Sequence[Fit], points: Sequence[Points], choice: Choice) -> list[Fit]:
+    """Fits with a remark where the form was not asked for, or where replicates show that it misses the data."""
     by_metric = pooled_by(points, lambda p: p.metric)
-    return [replace(f, warnings=(*f.warnings, *lack_of_fit(f, by_metric[f.points.metric]))) for f in fits]
+    remarks = ((*lack_of_fit(f, by_metric[f.points.metric]), *_forced_floor(f, choice)) for f in fits)
+    return [replace(f, warnings=(*f.warnings, *more)) for f, more in zip(fits, remarks, strict=True)]

@@ -11,10 +11,10 @@ from analysis.document import HEADLINE_HALF_WIDTH
 from analysis.figures import groups_of, measured, telling
 from analysis.names import label_of, name_of, title_of
 from analysis.refusals import gathered
+from analysis.study import FORCED_FLOOR
 from analysis.table import is_part
 
 Document = dict[str, Any]
-EXPONENTS = {"alpha": "in N", "beta": "in D", "alpha_N": "in N", "alpha_D": "in D", "delta": "after the break"}
 VERDICTS = ("holds", "reversed", "undecided", "not measured")
 
 
@@ -48,25 +48,30 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def _has_forced_floor(fit: Document) -> bool:
+    return any(w["code"] == FORCED_FLOOR for w in fit["warnings"])
+
+
 def _headlines(doc: Document, metric: str) -> list[str]:
     """The exponents that the data carry, one law a group: the one fitted to most runs."""
     out, silent = [], []
     for m in measured(doc, metric):
-        fits = [f for f in doc["fits"] if f["metric"] == metric and f["group"] == m["group"] and f["axes"] != ["c"]]
-        # first the law, of the joint ones the better by AICc, then what it carries: not the law that claims most
-        joint = [f for f in fits if len(f["axes"]) > 1 and f["aicc"] is not None]
+        known = any(None not in m[axis] for axis in ("n", "d"))
+        fits = [f for f in doc["fits"] if f["metric"] == metric and f["group"] == m["group"]]
+        fits = [f for f in fits if not (known and f["axes"] == ["c"])]
+        # first the law, of the joint ones the better by AICc, then what it carries: not the law that claims most;
+        # a law without a floor is better by AICc wherever the floor is small beside the noise
+        joint = [f for f in fits if len(f["axes"]) > 1 and f["aicc"] is not None and not _has_forced_floor(f)]
         chosen = [min(joint, key=lambda f: f["aicc"])] if joint else []
         carried = [f for f in (*chosen, *(f for f in fits if len(f["axes"]) == 1)) if f["headline"]]
         if not carried:
             silent.append(label_of(m["group"]))
             continue
         best = carried[0]
-        # A law along one axis has one exponent, whatever the axis.
-        along = {"alpha": f"in {best['axes'][0].upper()}"} if len(best["axes"]) == 1 else {}
-        values = (
-            f"{(EXPONENTS | along)[k]} {rounded(best['params'][k], best['half_widths'][k])}" for k in best["headline"]
-        )
-        out.append(f"{label_of(m['group'])} {', '.join(values)} ({best['law']})")
+        values = (f"{k} {rounded(best['params'][k], best['half_widths'][k])}" for k in best["headline"])
+        axes = [axis.upper() for axis in best["axes"]]
+        of = f"along {axes[0]}" if len(axes) == 1 else f"joint in {' and '.join(axes)}"
+        out.append(f"{label_of(m['group'])} {', '.join(values)} ({best['law']}, {of})")
     lines = [f"Exponents of {title_of(metric)} that the data carry: {'; '.join(out)}."] if out else []
     if silent:
         lines.append(

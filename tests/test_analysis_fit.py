@@ -131,6 +131,14 @@ def test_remarks_keep_exponents_out_of_the_headline() -> None:
     assert {"AT_BOUND"} <= {w.code for w in fitted.warnings}
 
 
+def test_a_floor_at_its_bound_is_no_headline() -> None:
+    """There alpha takes up what the floor was kept from: its interval is that of a law with E = 0."""
+    p = chinchilla_points(np.geomspace(1e6, 1e9, 8), np.full(8, 1e10), 0.0, np.random.default_rng(0))
+    bent_down = replace(p, y=20 * p.n**-0.12 - 0.5)
+    fitted = fit(law("power-floor"), bent_down)
+    assert fitted.parameter("E").value == 0.0 and not fitted.headline
+
+
 def test_rows_of_one_trunk_widen_the_interval() -> None:
     p = noisy(8, 4, 0.003)
     cluster = np.repeat(np.arange(8), 4)

@@ -157,6 +157,39 @@ def test_the_headline_takes_the_better_law_first(results: Path) -> None:
     assert "kaplan" not in " ".join(summary(doc))
 
 
+def said_of(frame: pd.DataFrame, folder: Path, *options: str) -> tuple[dict, str]:
+    """laws.json of a table of others, and the summary in one string."""
+    frame.to_csv(folder / "table.csv", index=False)
+    names = [part for column in ("n", "d", "c") if column in frame for part in (f"--{column}", column)]
+    command = [str(folder / "table.csv"), *names, "--metric", "loss", *options]
+    assert main([*command, "--out", str(folder), "--no-report"]) == 0
+    doc = json.loads((folder / "laws.json").read_text())
+    return doc, " ".join(summary(doc))
+
+
+def test_a_law_without_a_floor_is_a_headline_only_where_it_was_asked_for(tmp_path: Path) -> None:
+    """A floor of a tenth of the loss is what 3 % noise hides: Kaplan's law is the better by AICc, and wrong in alpha."""
+    n, d = (v.ravel() for v in np.meshgrid(np.geomspace(46e3, 950e3, 5), np.geomspace(24e3, 96e3, 3)))
+    mean = 0.03 + 0.06 * (n / 950e3) ** -0.34 + 0.03 * (d / 96e3) ** -0.30
+    loss = mean * np.exp(0.03 * np.random.default_rng(0).normal(size=15))
+    frame = pd.DataFrame({"n": n, "d": d, "loss": loss})
+    doc, said = said_of(frame, tmp_path)
+    kaplan = next(f for f in doc["fits"] if f["law"] == "kaplan")
+    assert kaplan["aicc"] == min(f["aicc"] for f in doc["fits"] if len(f["axes"]) == 2 and f["aicc"] is not None)
+    low, high = kaplan["intervals"]["alpha_N"]
+    assert kaplan["half_widths"]["alpha_N"] < 0.1 and not low < 0.34 < high, "what was printed"
+    assert kaplan["headline"] == [] and "(kaplan" not in said
+    asked, said = said_of(frame, tmp_path, "--law", "kaplan")
+    assert asked["fits"][0]["headline"] and re.search(r"alpha_N 0\.\d+ ± 0\.\d+.*\(kaplan, joint in N and D\)", said)
+
+
+def test_a_table_of_compute_alone_has_its_exponent_in_the_summary(tmp_path: Path) -> None:
+    c = np.geomspace(1e18, 1e22, 10)
+    loss = (1.7 + 1e3 * c**-0.16) * np.exp(0.0005 * np.random.default_rng(0).normal(size=10))
+    said = said_of(pd.DataFrame({"c": c, "loss": loss}), tmp_path)[1]
+    assert re.search(r"alpha 0\.1[56]\d* ± 0\.\d+ \(compute, along C\)", said) and "carry no exponent" not in said
+
+
 def test_a_second_run_from_any_directory_gives_the_same(results: Path, tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "analysis/fit_laws.py", results / "runs.csv", "--out", "x", "--no-report"]
     done = subprocess.run([*command, "--json", "--runs", "none"], cwd=tmp_path, capture_output=True, text=True)
