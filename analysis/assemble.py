@@ -19,7 +19,7 @@ from analysis.isoflop import profiles
 from analysis.laws import Law, law
 from analysis.links import ceiling_band, link
 from analysis.matched import matched
-from analysis.noise import pooled, seed_noise
+from analysis.noise import pooled, seed_noise, unlike
 from analysis.points import Points
 from analysis.predictions import keep_record, register
 from analysis.rollout import Refit, rollout, score
@@ -118,16 +118,19 @@ def _sensitivities(result: Study) -> list[dict[str, Any]]:
 
 
 def _noise(result: Study) -> list[dict[str, Any]]:
-    """Seed noise per metric, pooled over groups; or the statement that there are no replicates."""
+    """Seed noise per metric and unit, pooled over groups; or the statement that there are no replicates."""
     out = []
-    for metric in dict.fromkeys(p.metric for p in result.points):
-        found = [n for p in result.points if p.metric == metric and (n := seed_noise(p)) is not None]
-        whole = pooled(found) if found else None
+    for metric, unit in dict.fromkeys((p.metric, p.unit) for p in result.points):
+        mine = [p for p in result.points if (p.metric, p.unit) == (metric, unit)]
+        found = [n for p in mine if (n := seed_noise(p)) is not None]
+        whole, ends = pooled(found), unlike(found)
         row = {
             "metric": metric,
+            "unit": unit,
             "standard_deviation": whole.relative if whole else None,
             "dof": whole.dof if whole else 0,
             "groups": [n.group for n in found],
+            "unlike": [{"group": n.group, "standard_deviation": n.relative, "dof": n.dof} for n in ends or ()],
         }
         out.append(row)
     return out

@@ -291,13 +291,18 @@ def noise(doc: Document) -> Listing:
         known = n["standard_deviation"] is not None
         dof = str(n["dof"]) if known else "no replicates"
         where = members_of(n["groups"], arms(doc)) or "–"
-        rows.append((title_of(n["metric"]), digits(n["standard_deviation"]), dof, where))
+        ends = (f"{u['group']} {digits(u['standard_deviation'])} ({u['dof']})" for u in n.get("unlike", ()))
+        rows.append((title_of(n["metric"]), n.get("unit") or "–", digits(n["standard_deviation"]), dof, where,
+                     " against ".join(ends) or "–"))  # fmt: skip
     note = (
         "Standard deviation between seeds: relative for losses and distances, in points for scores. Evaluations share "
         "their draws, so it holds what is left of the evaluation's error between two models. No interval of a law of "
-        "the metric rests on less; with no replicates it rests on the scatter around the law alone."
+        "the metric rests on less; with no replicates it rests on the scatter around the law alone. Degrees of freedom "
+        "count trunks, not their branches. Unlike: arms whose variances clearly differ; each law is then held to its "
+        "own arm's seeds, where it has some."
     )
-    return Listing("Seed noise", note, ("metric", "between seeds", "degrees of freedom", "replicated in"), rows)
+    headers = ("metric", "unit", "between seeds", "degrees of freedom", "replicated in", "unlike")
+    return Listing("Seed noise", note, headers, rows)
 
 
 def rollouts(doc: Document) -> Listing:

@@ -45,17 +45,46 @@ def _replicates(points: Points) -> bool:
     return len(trunks) > 1 and (len(np.unique(seeds)) == len(trunks) or not any(seeds))
 
 
+def _comparisons(cells: np.ndarray, trunks: np.ndarray) -> int:
+    """Independent comparisons between trunks, given each row's cell and trunk: what trunks tell beyond the cells.
+
+    trunks - cells where every row is a trunk of its own; branches of one trunk in several cells add none.
+    """
+    linked = cells
+    while True:
+        least = linked
+        for labels in (trunks, cells):
+            lowest = np.full(labels.max() + 1, cells.max())
+            np.minimum.at(lowest, labels, least)
+            least = lowest[labels]
+        if (least == linked).all():
+            return len(np.unique(trunks)) - len(np.unique(linked))
+        linked = least
+
+
 def seed_noise(points: Points) -> SeedNoise | None:
     """Pooled over all cells (N, D) that hold two trunks or more; None without replicates."""
     y = points.y if points.kind in ("signed", "score") else np.log(points.y)
-    cells = _cells(points)
-    squares, dof = 0.0, 0
-    for cell in np.unique(cells, axis=0):
-        here = (cells == cell).all(1)
-        if here.sum() > 1 and _replicates(points.take(here)):
-            squares += float(((y[here] - y[here].mean()) ** 2).sum())
-            dof += int(here.sum()) - 1
-    return SeedNoise(points.metric, points.name, squares / dof, dof) if dof else None
+    cells = np.unique(_cells(points), axis=0, return_inverse=True)[1].ravel()
+    kept = [c for c in np.unique(cells) if (cells == c).sum() > 1 and _replicates(points.take(cells == c))]
+    if not kept:
+        return None
+    squares = sum(float(((y[cells == c] - y[cells == c].mean()) ** 2).sum()) for c in kept)
+    used = np.isin(cells, kept)
+    dof = _comparisons(cells[used], points.cluster[used])
+    return SeedNoise(points.metric, points.name, squares / (int(used.sum()) - len(kept)), dof)
+
+
+def unlike(noises: Sequence[SeedNoise]) -> tuple[SeedNoise, SeedNoise] | None:
+    """The quietest and the noisiest group where their variances clearly differ, else None."""
+    known = sorted((n for n in noises if n.dof >= FEW_REPLICATES), key=lambda n: n.variance)
+    if len(known) < 2 or known[0].variance == 0:
+        return None
+    low, high = known[0], known[-1]
+    # the most unlike pair was picked among all ordered pairs
+    pairs = len(known) * (len(known) - 1)
+    chance = pairs * f_tail(high.variance / low.variance, high.dof, low.dof)
+    return (low, high) if chance < LACK_OF_FIT_LEVEL else None
 
 
 def pooled(noises: Sequence[SeedNoise]) -> SeedNoise | None:
@@ -64,6 +93,17 @@ def pooled(noises: Sequence[SeedNoise]) -> SeedNoise | None:
     if not dof:
         return None
     return SeedNoise(noises[0].metric, "all", sum(n.variance * n.dof for n in noises) / dof, dof)
+
+
+def of_form(points: Sequence[Points]) -> dict[tuple[str, str], SeedNoise | None]:
+    """What laws are held to, by metric and group: groups of one unit pooled, or each its own where they are unlike."""
+    found = {(p.metric, p.name): seed_noise(p) for p in points}
+    out: dict[tuple[str, str], SeedNoise | None] = {}
+    for p in points:
+        alike = [n for q in points if (q.metric, q.unit) == (p.metric, p.unit) and (n := found[q.metric, q.name])]
+        own = found[p.metric, p.name]
+        out[p.metric, p.name] = own if own is not None and unlike(alike) else pooled(alike)
+    return out
 
 
 def pooled_by(points: Sequence[Points], key: Callable[[Points], Hashable]) -> dict[Hashable, SeedNoise | None]:
@@ -132,8 +172,14 @@ def lack_of_fit(fit: Fit, noise: SeedNoise | None) -> list[Warned]:
     """A blocking remark where the residuals are larger than replicates allow: the law's form is wrong there."""
     if noise is None or not fit.objective.logarithmic or noise.variance == 0:
         return []
-    ratio = (fit.within[0] + fit.between[0]) / noise.variance
-    chance = f_tail(ratio, fit.within[1], noise.dof)
+    parts = [(variance, dof) for variance, dof in (fit.within, fit.between) if variance > 0]
+    total = sum(variance for variance, _ in parts)
+    if not total:
+        return []
+    ratio = total / noise.variance
+    # Satterthwaite: a variance between trunks counts trunks
+    dof = total**2 / sum(variance**2 / dof for variance, dof in parts)
+    chance = f_tail(ratio, dof, noise.dof)
     if chance > LACK_OF_FIT_LEVEL:
         return []
     message = f"residual variance is {ratio:.1f} times that between seeds (p = {chance:.1e}): the law misses the data"

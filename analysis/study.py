@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.fit import Fit, SeedVariance, Warned, default_objective, fit
 from analysis.laws import Law, law
-from analysis.noise import lack_of_fit, pooled_by, seed_variance
+from analysis.noise import lack_of_fit, of_form, seed_variance
 from analysis.points import Points, data_levels, select
 from analysis.settings import varied
 from analysis.solver import HUBER_DELTA, Objective
@@ -300,6 +300,6 @@ def _forced_floor(fit: Fit, choice: Choice) -> list[Warned]:
 
 def _checked(fits: Sequence[Fit], points: Sequence[Points], choice: Choice) -> list[Fit]:
     """Fits with a remark where the form was not asked for, or where replicates show that it misses the data."""
-    by_metric = pooled_by(points, lambda p: p.metric)
-    remarks = ((*lack_of_fit(f, by_metric[f.points.metric]), *_forced_floor(f, choice)) for f in fits)
+    seeds = of_form(points)
+    remarks = ((*lack_of_fit(f, seeds[f.points.metric, f.points.name]), *_forced_floor(f, choice)) for f in fits)
     return [replace(f, warnings=(*f.warnings, *more)) for f, more in zip(fits, remarks, strict=True)]

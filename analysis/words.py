@@ -142,8 +142,8 @@ def summary(doc: Document) -> list[str]:
         out.append(
             f"Of {len(doc['verdicts'])} published claims: " + ", ".join(f"{n} {s}" for s, n in counts.items()) + "."
         )
-    noise = next((n for n in doc["noise"] if n["metric"] == doc["headline_metric"]), None)
-    if noise and noise["standard_deviation"] is None:
+    noise = [n["standard_deviation"] for n in doc["noise"] if n["metric"] == doc["headline_metric"]]
+    if noise and not any(noise):
         out.append("No run was repeated with another seed: intervals rest on the scatter around the laws alone.")
     if doc["refused"] and not doc["fits"]:
         code, reason, _ = gathered(doc)[0]

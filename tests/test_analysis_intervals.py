@@ -9,7 +9,8 @@ from analysis.bootstrap import intervals
 from analysis.fit import NO_SEEDS, fit
 from analysis.intervals import allocation_exponent, parameter_intervals, predict
 from analysis.laws import law
-from analysis.noise import lack_of_fit, pooled, seed_noise, seed_variance
+from analysis.noise import lack_of_fit, of_form, pooled, seed_noise, seed_variance, unlike
+from analysis.points import Points
 from analysis.simulate import CHINCHILLA, chinchilla_points, grid, trunk_points
 from analysis.solver import Objective
 from analysis.table import InvalidTable
@@ -94,6 +95,38 @@ def test_seed_noise_is_measured_from_replicates_only() -> None:
     both = pooled([found, found])
     assert both is not None and both.dof == 16 and both.variance == pytest.approx(found.variance)
     assert pooled([]) is None
+
+
+def test_seed_noise_counts_trunks_and_not_their_branches() -> None:
+    """Five sizes, three data sizes a trunk, two seeds: five comparisons, and lone trunks add none."""
+    p = trunk_points(5, 3, 2, 0.005, np.random.default_rng(1))
+    found, own = seed_noise(p), seed_variance([p])
+    assert found is not None and found.dof == own.dof == 5
+    assert found.variance == pytest.approx(2 * 0.005**2, rel=0.9)
+    some = seed_noise(p.take((p.seed == "0") | (p.n < p.n.max())))
+    assert some is not None and some.dof == 4
+
+
+def seeded(spread: float, seeds: int, unit: str, name: str, rng: np.random.Generator) -> Points:
+    n = np.tile(np.geomspace(1e6, 1e9, 5), seeds)
+    p = chinchilla_points(n, np.full(len(n), 1e10), spread, rng)
+    labels = np.repeat(np.arange(seeds).astype(str), 5)
+    return replace(p, seed=labels, units=np.full(len(n), unit), group={"arm": name})
+
+
+def test_a_law_is_held_to_seeds_of_its_own_unit_and_of_its_own_arm_where_arms_are_unlike() -> None:
+    rng = np.random.default_rng(0)
+    even = [seeded(0.01, 3, "nats", name, rng) for name in "ab"]
+    other, loud = seeded(0.001, 3, "bits", "c", rng), seeded(0.1, 3, "nats", "loud", rng)
+
+    def dof(points: list[Points]) -> dict[str, int]:
+        return {name: noise.dof for (_, name), noise in of_form(points).items() if noise}
+
+    assert dof([*even, other]) == {"a": 20, "b": 20, "c": 10}
+    assert dof([*even, loud]) == {"a": 10, "b": 10, "loud": 10}
+    assert unlike([n for n in map(seed_noise, even) if n]) is None
+    ends = unlike([n for n in map(seed_noise, [*even, loud]) if n])
+    assert ends is not None and ends[1].group == "loud"
 
 
 @pytest.mark.parametrize("seeds, others", [(2, 0), (1, 2)])

@@ -168,7 +168,7 @@ def said_of(frame: pd.DataFrame, folder: Path, *options: str) -> tuple[dict, str
 
 
 def test_a_law_without_a_floor_is_a_headline_only_where_it_was_asked_for(tmp_path: Path) -> None:
-    """A floor of a tenth of the loss is what 3 % noise hides: Kaplan's law is the better by AICc, and wrong in alpha."""
+    """3 % noise hides a floor of a fifth of the loss: Kaplan's law is the better by AICc, and wrong in alpha."""
     n, d = (v.ravel() for v in np.meshgrid(np.geomspace(46e3, 950e3, 5), np.geomspace(24e3, 96e3, 3)))
     mean = 0.03 + 0.06 * (n / 950e3) ** -0.34 + 0.03 * (d / 96e3) ** -0.30
     loss = mean * np.exp(0.03 * np.random.default_rng(0).normal(size=15))
