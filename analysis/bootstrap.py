@@ -13,7 +13,11 @@ from analysis.intervals import LEVEL, parameter_intervals
 from analysis.laws import Array
 from analysis.solver import Solution, minimise
 from analysis.table import InvalidTable
+from analysis.variances import has_branches
 
+# Webb 2014 (Reworking wild bootstrap based inference for clustered errors): below about ten clusters there are too few
+# ways to flip or to draw them
+ENOUGH_CLUSTERS = 10
 METHODS = ("gauss-newton-t", "profile-F", "wild-cluster", "pairs-cluster")
 
 
@@ -109,12 +113,21 @@ def intervals(fit: Fit, method: str, level: float = LEVEL, draws: int = 1000) ->
     """Intervals of every reported parameter by one of METHODS; deterministic.
 
     Raises InvalidTable for profile F and the wild bootstrap under a robust objective: its optimum is not where the sum
-    of squares is least, and its estimate does not follow residuals whose signs are flipped.
+    of squares is least, and its estimate does not follow residuals whose signs are flipped. Also for profile F where
+    trunks hold several rows, since it takes all rows as independent, and for bootstraps of fewer than ENOUGH_CLUSTERS.
     """
     if method == "gauss-newton-t":
         return parameter_intervals(fit, level)
     if method != "pairs-cluster" and fit.objective.name not in ("lse", "lse-log"):
         raise InvalidTable("NEEDS_SQUARES", f"--interval {method} needs --objective lse-log or lse")
+    where, trunks = f"{fit.points.metric} in {fit.points.name}", len(np.unique(fit.points.cluster))
+    if method == "profile-F" and has_branches(fit.points):
+        raise InvalidTable(
+            "SHARED_TRUNKS", f"{where} has several rows a trunk: --interval profile-F takes all as alone"
+        )
+    if method != "profile-F" and trunks < ENOUGH_CLUSTERS:
+        message = f"{where}: {trunks} trunks, --interval {method} needs {ENOUGH_CLUSTERS}: take {METHODS[0]}"
+        raise InvalidTable("FEW_TRUNKS", message)
     if method == "profile-F":
         return profile_intervals(fit, level)
     rng = np.random.default_rng(0)

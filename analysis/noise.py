@@ -11,6 +11,7 @@ from analysis.distributions import f_tail
 from analysis.fit import DESIGN_EFFECT, NO_SEEDS, Fit, SeedVariance, Warned, scale_of
 from analysis.laws import Array
 from analysis.points import Points
+from analysis.variances import trunks_of
 
 # a law whose residual variance exceeds the replicates' at this level does not fit
 LACK_OF_FIT_LEVEL = 0.01
@@ -71,7 +72,7 @@ def seed_noise(points: Points) -> SeedNoise | None:
         return None
     squares = sum(float(((y[cells == c] - y[cells == c].mean()) ** 2).sum()) for c in kept)
     used = np.isin(cells, kept)
-    dof = _comparisons(cells[used], points.cluster[used])
+    dof = _comparisons(cells[used], trunks_of(points)[used])
     return SeedNoise(points.metric, points.name, squares / (int(used.sum()) - len(kept)), dof)
 
 

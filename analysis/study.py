@@ -20,8 +20,6 @@ from analysis.table import InvalidTable, Table, is_part, kind_of, numbers
 FLOOR_TOUCH = 2.0
 # remark on a law that has no E and was not asked for by name
 FORCED_FLOOR = "FORCED_FLOOR"
-# fewer trunks do not tell how far one trunk's runs lie from another's
-ENOUGH_TRUNKS = 3
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ def fit_one(
     name = choice.objective or default_objective(used).name
     objective = Objective(name, choice.delta, choice.penalty)
     done = fit(chosen, used, objective, floor if floored else None, thorough, seeds)
-    remarks = [*(warned if floored else []), *_left_lighter(chosen, points, used), *_few_trunks(chosen, used)]
+    remarks = [*(warned if floored else []), *_left_lighter(chosen, points, used)]
     return replace(done, warnings=(*done.warnings, *remarks, *_confounded(chosen, used)))
 
 
@@ -160,15 +158,6 @@ def _confounded(chosen: Law, used: Points) -> list[Warned]:
     axis, other = chosen.axes[0].upper(), other.upper()
     message = f"{other} is not the same throughout: a law in {axis} alone holds its effect too: fit --law compute"
     return [Warned("CONFOUNDED_LADDER", message, True)]
-
-
-def _few_trunks(chosen: Law, used: Points) -> list[Warned]:
-    """Runs of one trunk rise and fall together: a law along D does not hold what another seed would give."""
-    trunks = len(np.unique(used.cluster))
-    if chosen.axes != ("d",) or trunks >= ENOUGH_TRUNKS:
-        return []
-    message = f"runs of {trunks} trunk(s): the intervals do not hold what another seed would give"
-    return [Warned("FEW_TRUNKS", message, True)]
 
 
 def _left_lighter(chosen: Law, points: Points, used: Points) -> list[Warned]:

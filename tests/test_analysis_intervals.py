@@ -37,6 +37,59 @@ def test_nominal_95_percent_covers(ratios: int) -> None:
     assert (cover >= 0.95 - 3 * 0.028).all(), cover
 
 
+def branches(trunks: int, rows: int, rng: np.random.Generator) -> Points:
+    """A power law along C alone, each trunk with a stretch of C and an error three times that of its rows."""
+    c, trunk = np.geomspace(1e18, 1e22, trunks * rows), np.repeat(np.arange(trunks), rows)
+    blank = np.full(len(c), np.nan)
+    y = 1e3 * c**-0.1 * np.exp(0.01 * rng.normal(size=trunks)[trunk] + 0.003 * rng.normal(size=len(c)))
+    return replace(chinchilla_points(c, c, 0.0, rng), y=y, c=c, n=blank, d=blank, cluster=trunk)
+
+
+def test_branches_of_six_trunks_along_one_axis_keep_coverage() -> None:
+    """Taken as 24 independent rows they covered .65."""
+    rng, hits = np.random.default_rng(2), []
+    for _ in range(60):
+        fitted = fit(law("power", "c"), branches(6, 4, rng), thorough=False)
+        low, high = parameter_intervals(fitted)["alpha"]
+        hits.append(low <= 0.1 <= high)
+    assert np.mean(hits) >= 0.95 - 3 * 0.028 and fitted.between[1] == 4 and fitted.headline
+
+
+def test_each_of_five_trunks_along_a_whole_axis_tells_all_but_the_level() -> None:
+    rng, hits = np.random.default_rng(3), []
+    d, trunk = np.tile(np.geomspace(1e5, 1e8, 7), 5), np.repeat(np.arange(5), 7)
+    base = chinchilla_points(np.full(35, 1e6), d, 0.0, rng)
+    for _ in range(60):
+        y = (1 + 2000 * d**-0.6) * np.exp(0.01 * rng.normal(size=5)[trunk] + 0.003 * rng.normal(size=35))
+        fitted = fit(law("power-floor", "d"), replace(base, y=y, cluster=trunk), thorough=False)
+        found = parameter_intervals(fitted)
+        hits.append([found["alpha"][0] <= 0.6 <= found["alpha"][1], found["E"][0] <= 1 <= found["E"][1]])
+    assert (np.mean(hits, axis=0) >= 0.95 - 3 * 0.028).all() and fitted.between[1] == 4
+
+
+def test_too_few_trunks_are_no_headline_unless_replicates_tell_of_them() -> None:
+    """3 trunks for 3 parameters that only trunks tell apart: taken as independent rows, alpha covered .73."""
+    rng = np.random.default_rng(0)
+    three, known = trunk_points(3, 6, 1, 0.003, rng), seed_variance([trunk_points(6, 4, 2, 0.003, rng)])
+    alone, told = (fit(law("chinchilla"), three, thorough=False, seeds=s) for s in (NO_SEEDS, known))
+    assert "FEW_TRUNKS" in {w.code for w in alone.warnings} and not alone.headline
+    assert "FEW_TRUNKS" not in {w.code for w in told.warnings} and told.between == (known.between, known.dof)
+    two = fit(law("power", "c"), branches(2, 6, rng), thorough=False)
+    assert "FEW_TRUNKS" in {w.code for w in two.warnings} and not two.headline
+
+
+def test_methods_that_take_rows_as_independent_or_need_many_trunks_are_refused() -> None:
+    shared = fit(law("chinchilla"), trunk_points(6, 4, 1, 0.003, np.random.default_rng(0)), Objective("lse-log"))
+    with pytest.raises(InvalidTable, match=r"SHARED_TRUNKS.*profile-F"):
+        intervals(shared, "profile-F")
+    for method in ("wild-cluster", "pairs-cluster"):
+        with pytest.raises(InvalidTable, match=rf"FEW_TRUNKS.*6 trunks.*{method}"):
+            intervals(shared, method)
+    many = fit(law("chinchilla"), trunk_points(10, 2, 1, 0.003, np.random.default_rng(0)), Objective("lse-log"))
+    low, high = intervals(many, "pairs-cluster", draws=50)["alpha"]
+    assert low < high
+
+
 def test_methods_agree_where_they_should() -> None:
     p = chinchilla_points(*grid(8, 4), 0.003, np.random.default_rng(2))
     fitted = fit(law("chinchilla"), p, Objective("lse-log"))
