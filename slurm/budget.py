@@ -17,6 +17,10 @@ from slurm.status import OVER, RunState
 _LOOK_SECONDS = 60.0
 
 
+class UsedUp(RuntimeError):
+    """A sweep's hours are used up and some of its runs are not over."""
+
+
 class Budget:
     """The device-hours that some runs together may use, as a worker sees them."""
 
@@ -24,9 +28,9 @@ class Budget:
         self._run_dirs, self._hours = run_dirs, hours
         self._spent, self._looked = 0.0, -math.inf
 
-    def exceeded(self) -> bool:
-        """Whether they are used up, as of at most a minute ago; never where there is no bound (0)."""
-        if self._hours and time.monotonic() - self._looked > _LOOK_SECONDS:
+    def exceeded(self, age: float = math.inf) -> bool:
+        """Whether they are used up, as of a minute (or `age` seconds) ago at most; never without a bound (0)."""
+        if self._hours and time.monotonic() - self._looked > min(age, _LOOK_SECONDS):
             self._spent, self._looked = attempts.hours_spent(self._run_dirs), time.monotonic()
         return self._hours > 0 and self._spent >= self._hours
 
@@ -35,12 +39,19 @@ class Budget:
         return f"the sweep has used {self._spent:.3g} of its {self._hours:g} GPU-hours; allow more: --max-gpu-hours"
 
 
-def agreed(plan: Plan, states: Sequence[RunState], hours: float, ask: Callable[[str], bool] | None = None) -> float:
+def agreed(
+    plan: Plan,
+    states: Sequence[RunState],
+    hours: float,
+    ask: Callable[[str], bool] | None = None,
+    elsewhere: float = 0.0,
+) -> float:
     """The bound to launch with: `hours`, or 0 (none) when they would not do and somebody said to go on all the same.
 
-    Raises InvalidInput where they would not do and nobody can be asked, or the answer is no.
+    `elsewhere` is what runs of the sweep that the plan leaves out have used. Raises InvalidInput where the hours would
+    not do and nobody can be asked, or the answer is no.
     """
-    spent = sum(state.device_seconds_used or 0.0 for state in states) / 3600
+    spent = elsewhere + sum(state.device_seconds_used or 0.0 for state in states) / 3600
     prices = {row["run_id"]: row["gpu_hours"] for row in as_rows(plan)}
     missing = sum(prices[s.planned.spec.id] * (1 - s.share) for s in states if s.state not in OVER)
     if not hours or spent + missing <= hours:

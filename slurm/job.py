@@ -21,7 +21,7 @@ from fluidscale.folder import RunFolder
 from fluidscale.record import Placement, is_full, now, read_json, write_json
 from fluidscale.spec import InvalidInput, RunSpec, from_dict, run_spec_from_json
 from slurm import attempts, claim, layout
-from slurm.budget import Budget
+from slurm.budget import Budget, UsedUp
 
 # What a worker does of its runs: all of it, or one stage where evaluation has jobs of its own.
 WHOLE, TRAIN, EVALUATE = "whole", "train", "evaluate"
@@ -46,11 +46,16 @@ class Queue:
     sweep: str
     runs_dir: str
     trunks: dict[str, list[str]]
-    max_gpu_hours: float = 0.0  # of all its runs, spent ones included; 0: no bound
+    max_gpu_hours: float = 0.0  # of the whole sweep, spent ones included; 0: no bound
+    others: list[str] = field(default_factory=list)  # runs of the sweep that are not to be done: their hours count
 
     @property
     def run_dirs(self) -> list[Path]:
         return [Path(self.runs_dir) / run_id for run_ids in self.trunks.values() for run_id in run_ids]
+
+    @property
+    def budget(self) -> Budget:
+        return Budget([*self.run_dirs, *(Path(self.runs_dir) / run_id for run_id in self.others)], self.max_gpu_hours)
 
     @property
     def path(self) -> Path:
@@ -129,7 +134,10 @@ def work(queue_path: str, slot_number: int, execute: Execute = execute) -> None:
 
 
 def work_here(queue: Queue, execute: Execute = execute) -> int:
-    """Works on all trunks in this process; returns the signal that stopped it, 0 when none did."""
+    """Works on all trunks in this process; returns the signal that stopped it, 0 when none did.
+
+    Raises UsedUp when the sweep's hours do not last.
+    """
     # Ctrl-C as well: of a KeyboardInterrupt Lightning makes an exit that looks like the run's own fault.
     stop = StopSignal(signal.SIGINT)
     worker = Worker(queue, stop, execute)
@@ -141,6 +149,9 @@ def work_here(queue: Queue, execute: Execute = execute) -> int:
         pass
     finally:
         stop.close()
+    budget = queue.budget
+    if not stop() and budget.exceeded() and not all(is_over(RunFolder(run_dir)) for run_dir in queue.run_dirs):
+        raise UsedUp(budget.reason)
     return stop.number
 
 
@@ -162,7 +173,7 @@ class Worker:
 
     @cached_property
     def _budget(self) -> Budget:
-        return Budget(self.queue.run_dirs, self.queue.max_gpu_hours)
+        return self.queue.budget
 
     def train(self, trunk_id: str) -> bool:
         """Executes the unfinished runs of a trunk; False when there are none, or another worker has it."""

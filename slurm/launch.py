@@ -30,7 +30,7 @@ from rich.text import Text
 from fluidscale.folder import RunFolder
 from fluidscale.spec import InvalidInput
 from fluidscale.sweep import load_sweep
-from slurm import budget, claim, collect, layout, plan, scheduler, sizing, state_table, status
+from slurm import attempts, budget, claim, collect, layout, plan, scheduler, sizing, state_table, status
 from slurm.live import Bars, PlainLines
 from slurm.mirror import Mirror
 from slurm.placement import CLUSTERS, choose
@@ -57,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     parser.add_argument("--max-hours", type=float, metavar="H", help="refuse a plan that takes longer than this")
     parser.add_argument("--max-gpu-hours", type=float, metavar="H", help="submit: of the whole sweep, what it has used "
-                        "included; asks before it is passed, and workers keep to it")  # fmt: skip
+                        "and what --size and --arm leave out included; asks before it is passed, and workers keep to "
+                        "it")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="submit: print what would go to sbatch; spend nothing")
     parser.add_argument("--retry-failed", action="store_true", help="submit: try runs again that failed")
     parser.add_argument("--watch", action="store_true", help="status: repeat until all runs are over")
@@ -187,14 +188,35 @@ def _submit(arguments: argparse.Namespace, console: Console) -> int:
         console.print(f"{len(planned.runs) - len(missing)} of {len(planned.runs)} runs are finished already")
     if missing:
         hours = planned.machine.profile.max_gpu_hours if arguments.max_gpu_hours is None else arguments.max_gpu_hours
-        arguments.max_gpu_hours = budget.agreed(planned, _states(planned, runs_dir), hours)
-    if missing and (code := _train(planned, runs_dir, arguments, console)) is not None:
-        return code
+        others = _left_out(planned, arguments) if hours else []
+        elsewhere = attempts.hours_spent(runs_dir / run_id for run_id in others)
+        hours = budget.agreed(planned, _states(planned, runs_dir), hours, elsewhere=elsewhere)
+        code = _train(planned, runs_dir, arguments, hours, others, console)
+        if code is not None:
+            return code
     return _conclude(planned, runs_dir, arguments, console)
 
 
-def _train(planned: plan.Plan, runs_dir: Path, arguments: argparse.Namespace, console: Console) -> int | None:
-    """Trains what is missing; an exit code when the sweep is not to be concluded now."""
+def _left_out(planned: plan.Plan, arguments: argparse.Namespace) -> list[str]:
+    """The sweep's runs that --size and --arm leave out: its budget is one for all."""
+    if not planned.sweep.partial:
+        return []
+    mine = {run.spec.id for run in planned.runs}
+    return [spec.id for spec in load_sweep(arguments.sweep).runs if spec.id not in mine]
+
+
+def _train(
+    planned: plan.Plan,
+    runs_dir: Path,
+    arguments: argparse.Namespace,
+    hours: float,
+    others: Sequence[str],
+    console: Console,
+) -> int | None:
+    """Trains what is missing; an exit code when the sweep is not to be concluded now.
+
+    `hours` is what the sweep may use, that of its runs in `others` included.
+    """
     from slurm import local
     from slurm.job import work_here
 
@@ -202,7 +224,7 @@ def _train(planned: plan.Plan, runs_dir: Path, arguments: argparse.Namespace, co
     held = claim.take(layout.launch(runs_dir, launch_id), local.launch_facts(planned.sweep.name))
     assert held is not None
     try:
-        queue = local.prepare(planned, runs_dir, launch_id, arguments.retry_failed, arguments.max_gpu_hours)
+        queue = local.prepare(planned, runs_dir, launch_id, arguments.retry_failed, hours, others)
         if arguments.cluster == "debug":
             if number := work_here(queue):
                 return _stopped(number, status.read_states(planned, runs_dir), console)
@@ -214,6 +236,9 @@ def _train(planned: plan.Plan, runs_dir: Path, arguments: argparse.Namespace, co
             console.print(_submitted(tasks, arguments.sweep), highlight=False, soft_wrap=True)
             return 0
         return _supervise(planned, local.Workers(planned.machine, queue), console)
+    except budget.UsedUp as error:
+        print(error, file=sys.stderr)
+        return 1
     finally:
         held.release()
 

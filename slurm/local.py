@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fluidscale.processes import deaf
 from fluidscale.record import now, read_json, write_atomic, write_json
 from fluidscale.spec import InvalidInput, run_spec_from_json, to_json
 from slurm import claim, layout
+from slurm.budget import UsedUp
 from slurm.job import STOP_SECONDS, Execute, Queue, execute, work
 from slurm.mirror import Mirror
 from slurm.placement import Machine
@@ -63,15 +64,23 @@ def catching_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def queue_of(plan: Plan, runs_dir: Path, launch_id: str, max_gpu_hours: float = 0.0) -> Queue:
+def queue_of(plan: Plan, runs_dir: Path, launch_id: str) -> Queue:
     """The plan's runs by trunk, as workers take them."""
     trunks = {group[0].spec.trunk_id: [run.spec.id for run in group] for group in plan.trunks}
-    return Queue(launch_id, plan.sweep.name, str(runs_dir), trunks, max_gpu_hours)
+    return Queue(launch_id, plan.sweep.name, str(runs_dir), trunks)
 
 
-def prepare(plan: Plan, runs_dir: Path, launch_id: str, retry_failed: bool, max_gpu_hours: float = 0.0) -> Queue:
+def prepare(
+    plan: Plan,
+    runs_dir: Path,
+    launch_id: str,
+    retry_failed: bool,
+    max_gpu_hours: float = 0.0,
+    others: Sequence[str] = (),
+) -> Queue:
     """Writes every unfinished run's spec and placement, and the queue that workers read.
 
+    `others` are runs of the sweep that the plan leaves out, whose hours count as well.
     Raises InvalidInput when a folder holds another spec than its name says: then its results cannot be trusted.
     """
     for group in plan.trunks:
@@ -89,7 +98,7 @@ def prepare(plan: Plan, runs_dir: Path, launch_id: str, retry_failed: bool, max_
     members = runs_dir / "sweeps" / f"{plan.sweep.name}.json"
     before = (read_json(members) or {}).get("runs", [])
     write_json(members, {"runs": list(dict.fromkeys([*before, *(run.spec.id for run in plan.runs)]))})
-    queue = queue_of(plan, runs_dir, launch_id, max_gpu_hours)
+    queue = replace(queue_of(plan, runs_dir, launch_id), max_gpu_hours=max_gpu_hours, others=list(others))
     queue.save()
     return queue
 
@@ -173,12 +182,15 @@ def supervise(
 ) -> list[RunState]:
     """Keeps workers busy, and the mirror alive, until every run is over or a signal came; returns the last states.
 
-    Raises WorkersFail when workers keep dying without getting anything done.
+    Raises WorkersFail when workers keep dying without getting anything done, and UsedUp when the sweep's hours do not
+    last; the workers stop by themselves then.
     """
-    runs_dir = workers.runs_dir
+    runs_dir, budget = workers.runs_dir, workers.queue.budget
     mark: list[Any] = []
     states: list[RunState] = []
     while True:
+        used_up = budget.exceeded(age=0)
+        ended = used_up and not workers.any_alive()
         states = read_states(plan, runs_dir, states)
         show(states)
         if all(state.state in OVER for state in states):
@@ -189,7 +201,10 @@ def supervise(
         if (seen := [(state.state, state.step) for state in states]) != mark:
             mark = seen
             workers.progressed()
-        workers.keep_busy(states)
+        if ended:
+            raise UsedUp(budget.reason)
+        if not used_up:
+            workers.keep_busy(states)
         if mirror is not None:
             mirror.keep_alive()
         _pause(stop)

@@ -102,7 +102,7 @@ def cheap(spec: RunSpec, run_dir: Path, placement: Placement, should_stop: Calla
 def launch(sweep: Path, runs_dir: Path, *options: str) -> int:
     """As `python -m slurm.launch submit` on two CPU workers, without collecting; its exit codes.
 
-    Options: --retry-failed; --unknown-job, with which no worker can import what it is to do.
+    Options: --retry-failed; --max-gpu-hours=H; --unknown-job, with which no worker can import what it is to do.
     """
     import cheap_job
 
@@ -112,7 +112,8 @@ def launch(sweep: Path, runs_dir: Path, *options: str) -> int:
     launch_id = f"test-{os.getpid()}"
     held = claim.take(layout.launch(runs_dir, launch_id), local.launch_facts(plan.sweep.name))
     assert held is not None
-    queue = local.prepare(plan, runs_dir, launch_id, "--retry-failed" in options)
+    hours = [float(option.partition("=")[2]) for option in options if option.startswith("--max-gpu-hours=")]
+    queue = local.prepare(plan, runs_dir, launch_id, "--retry-failed" in options, *hours)
     workers = local.Workers(plan.machine, queue, cheap_job.cheap)
     with local.catching_signals() as stop:
         states = local.supervise(plan, workers, stop, PlainLines(WORKERS, lambda line: print(line, flush=True)))

@@ -18,9 +18,10 @@ from cheap_job import cheap, plan_of, write_sweep
 from fluidscale.folder import RunFolder
 from fluidscale.record import read_json, write_json
 from fluidscale.spec import InvalidInput
-from slurm import attempts, budget, claim, launch, layout, local, status
+from fluidscale.sweep import load_sweep
+from slurm import attempts, budget, claim, launch, layout, local, plan, status
 from slurm.attempts import MAX_DEATHS, Attempt
-from slurm.job import StopSignal, Worker, work_here
+from slurm.job import StopSignal, Worker, load_queue, work_here
 from slurm.placement import load_profile
 
 
@@ -215,6 +216,31 @@ def test_a_budget_that_would_be_passed_is_asked_about(planned, tmp_path):
     )
     with pytest.raises(InvalidInput):
         budget.agreed(planned, status.read_states(planned, tmp_path), 1.5 * needed, lambda _: False)
+
+
+def test_in_the_launchers_own_process_used_up_hours_are_told(planned, tmp_path):
+    queue = local.prepare(planned, tmp_path, "work", retry_failed=False, max_gpu_hours=0.5)
+    hour = dataclasses.replace(lived("stopped"), ended=1000.0 + 3600 / 2)
+    write_json(queue.run_dirs[0] / "attempts.json", {"attempts": [dataclasses.asdict(hour)]})
+    with pytest.raises(budget.UsedUp, match=r"has used 1 of its 0.5 GPU-hours"):
+        work_here(queue, cheap)
+    assert not (tmp_path / "steps.txt").exists()
+
+
+def test_a_budget_is_the_whole_sweeps_whatever_a_launch_leaves_out(tmp_path, capsys):
+    path, runs = write_sweep(tmp_path), tmp_path / "runs"
+    planned = plan_of(path)
+    part = plan.make_plan(load_sweep(str(path), arms=["discrete-random"]), planned.machine)
+    others = [run.spec.id for run in planned.runs if run not in part.runs]
+    queue = local.prepare(part, runs, "part", False, max_gpu_hours=2.0, others=others)
+    assert not load_queue(queue.path).budget.exceeded()
+    hours = dataclasses.replace(lived("done"), ended=1000.0 + 3600)
+    write_json(runs / others[0] / "attempts.json", {"attempts": [dataclasses.asdict(hours)]})
+    assert load_queue(queue.path).budget.exceeded()
+    words = ["submit", str(path), "--runs", str(runs), "--results", str(tmp_path / "results"), "--profile", "cpu"]
+    assert launch.main([*words, "--arm", "discrete-random", "--max-gpu-hours", "2"]) == 2
+    assert "2 GPU-hours are spent" in capsys.readouterr().err
+    assert not list(runs.glob("*/log.txt"))
 
 
 def test_a_script_is_refused_a_sweep_over_its_budget_before_anything_is_written(tmp_path, capsys, monkeypatch):

@@ -11,14 +11,15 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 from cheap_job import STEPS, WORKERS, plan_of, write_sweep
 
+from fluidscale.record import write_json
 from slurm import claim, layout, local
-from slurm.attempts import MAX_DEATHS
+from slurm.attempts import MAX_DEATHS, Attempt
 
 DRIVER = Path(__file__).parent / "cheap_job.py"
 PATIENCE = 240.0
@@ -215,6 +216,19 @@ def test_a_run_that_always_takes_its_process_along_is_given_up(cheap_sweep, runs
     error = json.loads((deadly / "status.json").read_text())["error"]
     assert f"vanished {MAX_DEATHS} times" in error
     assert sorted(chains(runs)) == sorted(cheap_sweep.run_ids[1:])
+
+
+def test_hours_that_are_used_up_end_the_launch_and_more_of_them_continue_it(cheap_sweep, runs):
+    lived = Attempt("earlier", "", "node", started=0.0, devices=1, ended=3600.0, end="stopped")
+    write_json(runs / cheap_sweep.run_ids[0] / "attempts.json", {"attempts": [asdict(lived)]})
+    launcher = Launcher(cheap_sweep.path, runs, "--max-gpu-hours=0.5")
+    assert launcher.wait() == 1
+    said = launcher.output.read_text().splitlines()[-1]
+    assert "the sweep has used 1 of its 0.5 GPU-hours; allow more: --max-gpu-hours" in said
+    assert not steps_made(runs) and not worker_pids(runs)
+    assert not list(layout.worker_logs(runs).glob("*")), "a worker was started for nothing"
+    assert Launcher(cheap_sweep.path, runs, "--max-gpu-hours=2").wait() == 0
+    assert_whole(runs, cheap_sweep.run_ids)
 
 
 def test_workers_that_cannot_start_end_the_launch_with_their_reason(cheap_sweep, runs):
