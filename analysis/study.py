@@ -220,6 +220,7 @@ def _selected(table: Table, choice: Choice) -> tuple[list[Points], list[dict], l
                     raise
                 refused.append(_refusal(group, metric, error))
                 continue
+            dropped += _blank(rows, metric) if metric in choice.metrics else []
             excluded += [{**e, "metric": metric} for e in dropped]
             if not len(points):
                 continue
@@ -229,6 +230,14 @@ def _selected(table: Table, choice: Choice) -> tuple[list[Points], list[dict], l
             except InvalidTable as error:
                 refused.append(_refusal(group, metric, error))
     return found, _once(refused), _once(excluded)
+
+
+def _blank(rows: pd.DataFrame, metric: str) -> list[dict]:
+    """The rows without a metric that was asked for by name."""
+    here = rows.loc[numbers(rows[metric])[1]]
+    names = here["run_id"].fillna("").astype(str) if "run_id" in here else [""] * len(here)
+    reason = {"code": "MISSING", "reason": f"{metric} is blank"}
+    return [{"row": int(row), "run_id": run, **reason} for row, run in zip(here["_row"], names, strict=True)]
 
 
 def _once(items: Sequence[dict]) -> list[dict]:

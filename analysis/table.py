@@ -6,6 +6,7 @@ makes rows incomparable (units, protocols, contradicting duplicates) is refused 
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
@@ -94,8 +95,7 @@ class Table:
         out = []
         for key, rows in parts:
             parts_of = key if isinstance(key, tuple) else (key,)
-            names = (BLANK if str(k).strip() in EMPTY_CELLS else str(k) for k in parts_of)
-            out.append((dict(zip(self.columns.group, names, strict=True)), rows))
+            out.append((dict(zip(self.columns.group, parts_of, strict=True)), rows))
         return out
 
     def metrics(self) -> list[str]:
@@ -167,6 +167,11 @@ def _from_csv(text: str) -> pd.DataFrame:
     header = lines[notes] if notes < len(lines) else ""
     mark = next((mark for mark in ",;\t" if mark in header), ",")
     table = io.StringIO("".join(lines[notes:]))
+    names = [name.strip() for name in next(csv.reader(table, delimiter=mark, skipinitialspace=True), [])]
+    twice = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
+    if twice:
+        raise ValueError(f"several columns are called {', '.join(twice)}: give each a name of its own")
+    table.seek(0)
     return pd.read_csv(table, sep=mark, dtype=str, keep_default_na=False, skipinitialspace=True)
 
 
@@ -199,7 +204,7 @@ def numbers(column: pd.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _number(cell: Any) -> float:
     try:
         return float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return float("nan")
 
 
@@ -247,17 +252,24 @@ def prepare(
     out = frame.copy().reset_index(drop=True)
     out["_row"] = np.arange(len(out))
     excluded: list[dict] = []
-    out = _drop_bad_axes(out, axes, excluded)
-    measurable = out
+    out = measurable = _drop_bad_axes(out, axes, excluded)
     out = _drop_unfinished(out, excluded)
     left_out = measurable.loc[~measurable["_row"].isin(out["_row"])]
     if not given:
         group += tuple(splitting(out, group, _cell(out, axes.get("n"), axes.get("d"))))
+    out, left_out = (_named_groups(rows, group) for rows in (out, left_out))
     columns = Columns(axes.get("n"), axes.get("d"), axes.get("c"), group, cluster, seed, se)
     if out.empty:
         reasons = "; ".join(sorted({e["reason"] for e in excluded})[:3])
         raise InvalidTable("NO_USABLE_ROWS", f"{source}: all {len(frame)} rows are excluded ({reasons})")
     return Table(out, columns, source, sha, len(frame), tuple(excluded), left_out)
+
+
+def _named_groups(frame: pd.DataFrame, group: Sequence[str]) -> pd.DataFrame:
+    """Group cells as text: all that are blank, or as good as, are one group."""
+    return frame.assign(**{
+        name: [BLANK if str(cell).strip() in EMPTY_CELLS else str(cell) for cell in frame[name]] for name in group
+    })  # fmt: skip
 
 
 def _cell(frame: pd.DataFrame, n: str | None, d: str | None) -> list[str]:

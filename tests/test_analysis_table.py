@@ -10,6 +10,7 @@ import pytest
 from analysis.allocation import allocation
 from analysis.fit_laws import main
 from analysis.points import select
+from analysis.sensitivity import sensitivity
 from analysis.simulate import chinchilla_points, grid, ladder
 from analysis.study import Choice, study
 from analysis.table import InvalidTable, Table, load, prepare
@@ -102,6 +103,7 @@ def test_a_blank_is_not_measured_and_never_filled(tmp_path: Path) -> None:
     alpha_of(table, tmp_path)
     doc = json.loads((tmp_path / "laws.json").read_text())
     assert doc["table"]["not_measured"] == {"loss in all": 2} and doc["fits"][0]["n_runs"] == 22
+    assert [(e["row"], e["code"]) for e in doc["table"]["excluded"]] == [(2, "MISSING"), (3, "MISSING")]
 
 
 def test_read_only_and_nullable_columns() -> None:
@@ -346,6 +348,27 @@ def test_runs_without_a_name_are_not_one_run(tmp_path: Path) -> None:
     for nothing in (None, " "):
         frame().assign(run_id=pd.array([nothing] * 24, dtype="string")).to_parquet(tmp_path / "points.parquet")
         assert main([str(tmp_path / "points.parquet"), *OPTIONS]) == 0
+
+
+def test_all_blank_group_cells_are_one_group(tmp_path: Path) -> None:
+    table = frame().assign(family=["", "nan", None, "b"] * 6, status=["done", "done", "failed", *["done"] * 21])
+    table.to_parquet(tmp_path / "points.parquet")
+    prepared = load(tmp_path / "points.parquet", n="n", d="d", group=("family",))
+    assert [(key["family"], len(rows)) for key, rows in prepared.groups()] == [("(blank)", 17), ("b", 6)]
+    (found,) = study(prepared, Choice(metrics=("loss",), laws=("chinchilla",))).fits
+    assert "with 1 unfinished runs" in [r["choice"] for r in sensitivity(found, prepared, 0.95)]
+
+
+def test_a_repeated_column_and_a_number_too_large_to_hold_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    text = frame().to_csv(index=False)
+    assert refused(text.replace("n,d,loss", "n,loss,loss", 1), tmp_path, capsys) == "UNREADABLE_TABLE"
+    rows = [json.dumps(row) for row in frame().to_dict("records")]
+    (tmp_path / "big.jsonl").write_text("\n".join([*rows, '{"n": 1' + "0" * 400 + ', "d": 1, "loss": 2}']))
+    assert main([str(tmp_path / "big.jsonl"), *OPTIONS]) == 0
+    doc = json.loads((tmp_path / "laws.json").read_text())
+    assert [(e["row"], e["code"]) for e in doc["table"]["excluded"]] == [(24, "NOT_A_NUMBER")]
 
 
 def test_sensitivity_puts_unfinished_runs_back_and_recounts_compute(tmp_path: Path) -> None:
