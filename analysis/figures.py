@@ -220,7 +220,8 @@ def metric_along(doc: Document, metric: str, axis: str, reach: float = 4.0) -> F
 
 def along_data(doc: Document, metric: str) -> Figure | None:
     """The metric against data size, a line a model size, for arms with three data sizes or more."""
-    items = [m for m in measured(doc, metric) if len({d for d in m["d"] if d}) >= 3]
+    found = [m for m in measured(doc, metric) if len({d for d in m["d"] if d}) >= 3]
+    items = [m for m in found if np.isfinite(_array(m["n"])).all()]
     if not items:
         return None
     figure, axes = grid(len(items), columns=4, width=2.3, height=2.5)

@@ -33,7 +33,7 @@ from analysis.published import published  # noqa: E402
 from analysis.refusals import gathered  # noqa: E402
 from analysis.solver import HUBER_DELTA, OBJECTIVES  # noqa: E402
 from analysis.study import Choice, Study, study  # noqa: E402
-from analysis.table import AXES, InvalidTable, Table, load  # noqa: E402
+from analysis.table import AXES, OWN_COLUMNS, InvalidTable, Table, load  # noqa: E402
 
 EXAMPLES = """examples:
   python analysis/fit_laws.py                            our own table, results/local/runs.csv, with its report
@@ -131,12 +131,6 @@ def _load(args: argparse.Namespace, path: Path) -> Table:
 
 
 def _choice(args: argparse.Namespace) -> Choice:
-    if not 0.5 <= args.level < 1:
-        raise InvalidTable("BAD_LEVEL", f"--level {args.level} is not in [0.5, 1)")
-    if not args.penalty > 0:
-        raise InvalidTable("BAD_PENALTY", f"--penalty {args.penalty} is not positive")
-    if not args.delta > 0:
-        raise InvalidTable("BAD_DELTA", f"--delta {args.delta} is not positive")
     places = tuple(_place(text) for text in args.predict)
     laws, metrics = tuple(args.law), tuple(args.metric)
     return Choice(
@@ -169,10 +163,14 @@ def _planned(path: Path | None) -> list[dict[str, Any]]:
     if path is None:
         return []
     try:
-        return list(json.loads(path.read_text())["runs"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        runs = list(json.loads(path.read_text())["runs"])
+        for run in runs:
+            if not all(0 < float(run[key]) < float("inf") for key in OWN_COLUMNS.values()):
+                raise ValueError(f"a run's {', '.join(OWN_COLUMNS.values())} are not positive")
+        return runs
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise InvalidTable(
-            "UNREADABLE_PLAN", f"{path} is no plan: write one with `make plan` --json ({error})"
+            "UNREADABLE_PLAN", f"{path} is no plan: write one with `make plan` --json ({error!r})"
         ) from error
 
 

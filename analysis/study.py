@@ -14,7 +14,7 @@ from analysis.noise import lack_of_fit, of_form, seed_variance
 from analysis.points import Points, data_levels, select
 from analysis.settings import varied
 from analysis.solver import HUBER_DELTA, Objective
-from analysis.table import InvalidTable, Table, is_part, kind_of, numbers
+from analysis.table import AXES, InvalidTable, Table, is_part, kind_of, numbers
 
 # a point this many standard errors from its floor, or less, says that the floor is not one
 FLOOR_TOUCH = 2.0
@@ -35,6 +35,15 @@ class Choice:
     interval: str = "gauss-newton-t"
     predict: tuple[Mapping[str, float], ...] = ()
     penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.level < 1:
+            raise InvalidTable("BAD_LEVEL", f"--level {self.level} is not in [0.5, 1)")
+        for name, value in (("penalty", self.penalty), ("delta", self.delta)):
+            if not 0 < value < np.inf:
+                raise InvalidTable(f"BAD_{name.upper()}", f"--{name} {value} is not positive and finite")
+        if self.floor is not None and not np.isfinite(self.floor):
+            raise InvalidTable("BAD_FLOOR", f"--floor {self.floor} is not finite: leave it out for a free floor")
 
     @property
     def explicit(self) -> bool:
@@ -141,6 +150,7 @@ def fit_one(
     if choice.floor is not None:
         floor, warned = choice.floor, []
     floored = "E" in chosen.parameters
+    _carries_signs(chosen, used, choice.floor)
     if choice.floor is not None and not floored:
         raise InvalidTable("NO_FLOOR_IN_LAW", f"law {chosen.name} has no E to fix: drop --floor or take power-floor")
     name = choice.objective or default_objective(used).name
@@ -148,6 +158,17 @@ def fit_one(
     done = fit(chosen, used, objective, floor if floored else None, thorough, seeds)
     remarks = [*(warned if floored else []), *_left_lighter(chosen, points, used)]
     return replace(done, warnings=(*done.warnings, *remarks, *_confounded(chosen, used)))
+
+
+def _carries_signs(chosen: Law, used: Points, floor: float | None) -> None:
+    """Raises InvalidTable for values <= 0 under a law that has none, and for a floor <= 0 where no value can be."""
+    where = f"{used.metric} in {used.name}"
+    if used.kind == "signed" and used.y.min() <= 0 and not getattr(chosen, "signed_floor", False):
+        message = f"{where} has values <= 0 and law {chosen.name} none: take power-floor, compute or chinchilla"
+        raise InvalidTable("NON_POSITIVE", message)
+    if floor is not None and floor < 0 and used.kind != "signed":
+        message = f"--floor {floor} is negative and {where} is positive throughout: fix one of 0 or more"
+        raise InvalidTable("BAD_FLOOR", message)
 
 
 def _confounded(chosen: Law, used: Points) -> list[Warned]:
@@ -276,6 +297,7 @@ def study(table: Table, choice: Choice) -> Study:
                 refused.append(_refusal(points.group, points.metric, error, chosen))
     if not fits and choice.explicit and refused:
         raise InvalidTable(str(refused[0]["code"]), f"{refused[0]['message']}{_gone(excluded)}")
+    _answerable(table, choice, found, fits, refused)
     if not found:
         first = refused[0] if refused else excluded[0] if excluded else None
         detail = first.get("message", first.get("reason")) if first else "every metric cell is blank"
@@ -286,6 +308,22 @@ def study(table: Table, choice: Choice) -> Study:
         shown.setdefault((points.metric, points.name), points)
     points = tuple(shown.values())
     return Study(table, choice, points, tuple(_checked(fits, points, choice)), tuple(refused), tuple(excluded))
+
+
+def _answerable(
+    table: Table, choice: Choice, found: Sequence[Points], fits: Sequence[Fit], refused: Sequence[Mapping[str, object]]
+) -> None:
+    """Raises InvalidTable where no default law suits the table's axes, and for a place that no law can be asked at."""
+    if found and not fits and not refused:
+        known = ", ".join(axis.upper() for axis in AXES if table.columns.axis(axis))
+        message = f"no law is fitted by default to a table of {known} alone: name one with --law, or map --n or --c"
+        raise InvalidTable("NO_LAW", message)
+    axes = dict.fromkeys(f.law.axes for f in fits)
+    for place in choice.predict if fits else ():
+        if not any(set(one) <= set(place) for one in axes):
+            asked, needed = (",".join(f"{k}=.." for k in keys) for keys in (place, next(iter(axes))))
+            message = f"--predict {asked}: no law here has these axes alone: give {needed}"
+            raise InvalidTable("BAD_PLACE", message)
 
 
 def _forced_floor(fit: Fit, choice: Choice) -> list[Warned]:

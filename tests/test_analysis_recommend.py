@@ -120,6 +120,7 @@ def test_bad_requests_end_with_one_line(folder: Path, capsys: pytest.CaptureFixt
             "--arm",
             "continuous-random,discrete-random",
         ],
+        "BAD_LEVEL": [*table, "--budget-flops", "1e14", "--level", "2"],
         "WRONG_ARMS": [*table, "--budget-flops", "1e14", "--goal", "comparison", "--arm", "discrete-random"],
         "NO_LAW": [*table, "--budget-flops", "1e14", "--arm", "nobody"],
         "NO_PLAN": [*table[:2], "--plan", str(folder / "none.json"), "--budget-flops", "1"],

@@ -275,30 +275,6 @@ def test_what_no_law_can_say_is_refused_by_name(tmp_path: Path, capsys: pytest.C
     assert refused(table, tmp_path, capsys, *power, "--objective", "quasi-binomial") == "NOT_A_SCORE"
 
 
-def test_a_laws_fit_does_not_depend_on_the_other_laws_that_were_asked_for(tmp_path: Path) -> None:
-    n = np.geomspace(1e6, 1e9, 8)
-    error = 0.5 * (n / 1e6) ** -0.3 * np.exp(0.01 * np.random.default_rng(0).normal(size=8))
-    table = pd.DataFrame({"n": n, "loss": error})
-
-    def fits(*laws: str) -> dict[str, dict]:
-        doc = outcome(table, tmp_path, "--n", "n", *(word for name in laws for word in ("--law", name)))
-        return {f["law"]: f["params"] for f in doc["fits"]}
-
-    alone = fits("logit") | fits("power")
-    assert fits("logit", "power") == fits("power", "logit") == alone
-    assert alone["power"]["alpha"] == pytest.approx(0.3, abs=0.01) and alone["logit"]["slope"] < 0
-
-
-def test_laws_and_objectives_of_scores_are_for_scores_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    loss = ladder().drop(columns=["fd", "geneval"])
-    for options in (("--law", "logit"), ("--law", "power", "--objective", "quasi-binomial")):
-        assert refused(loss, tmp_path, capsys, "--metric", "val_loss", *options) == "NOT_A_SCORE"
-    share = pd.DataFrame({"n": np.geomspace(1e6, 1e9, 8), "acc": np.linspace(0.2, 0.9, 8)})
-    own = ("--n", "n", "--metric", "acc", "--objective", "quasi-binomial")
-    assert refused(share, tmp_path, capsys, *own, "--law", "power") == "NOT_A_SCORE"
-    assert main([str(tmp_path / "points.csv"), *own, "--law", "logit", "--no-report"]) == 0
-
-
 @pytest.mark.parametrize("name, mark", [("semicolons.csv", ";"), ("tabs.tsv", "\t")])
 def test_other_marks_between_cells(name: str, mark: str, tmp_path: Path, expected: float) -> None:
     frame().to_csv(tmp_path / name, index=False, sep=mark)
