@@ -22,7 +22,7 @@ from analysis.matched import matched
 from analysis.noise import pooled, seed_noise, unlike
 from analysis.points import Points
 from analysis.predictions import keep_record, register
-from analysis.rollout import Refit, rollout, score
+from analysis.rollout import Refit, on_common_rows, rollout, score
 from analysis.sensitivity import sensitivity
 from analysis.study import Choice, Study, fit_one
 from analysis.table import InvalidTable, is_part
@@ -77,8 +77,11 @@ def _candidates(points: Points, fits: Sequence[Fit]) -> list[Law]:
 def _law_choice(
     result: Study, points: Points, refits: Refits, rollouts: dict[tuple[str, ...], list[dict]]
 ) -> list[dict[str, Any]]:
-    """Every candidate's held-out error, coverage and AICc; `chosen` marks the least held-out error."""
-    rows, level = [], result.choice.level
+    """Every candidate's held-out error, coverage and AICc; `chosen` marks the least error on rows that all were asked.
+
+    `common` is a candidate's score on those; a law that was asked of too few rungs is no rival, and narrows nothing.
+    """
+    rows, asked, level = [], [], result.choice.level
     mine = {f.law: f for f in result.fits if (f.points.metric, f.points.name) == (points.metric, points.name)}
     for candidate in _candidates(points, list(mine.values())):
         try:
@@ -90,8 +93,12 @@ def _law_choice(
         rollouts[key] = rollout(points, refits.of(candidate), level)
         shape = {"law": candidate.name, "axes": list(candidate.axes), "n_runs": len(fitted.points), "aicc": fitted.aicc}
         rows.append(shape | {"rollout": score(rollouts[key])})
-    judged = [r for r in rows if r.get("rollout")]
-    best = min(judged, key=lambda r: r["rollout"]["rms_relative_error"], default=None)
+        asked.append((rows[-1], rollouts[key]))
+    shared = on_common_rows([entries for _, entries in asked], points.rung_axis)
+    for (row, _), common in zip(asked, shared, strict=True):
+        row["common"] = common
+    judged = [r for r in rows if r.get("common")]
+    best = min(judged, key=lambda r: r["common"]["rms_relative_error"], default=None)
     return [{"group": dict(points.group), "metric": points.metric, **r, "chosen": r is best} for r in rows]
 
 

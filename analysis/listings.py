@@ -101,14 +101,19 @@ def choice(doc: Document) -> Listing:
     # Of a metric of which no law was fitted in an arm the refusals say why.
     fitted = {(label_of(f["group"]), f["metric"]) for f in doc["fits"]}
     for r in (r for r in doc["law_choice"] if (label_of(r["group"]), r["metric"]) in fitted):
-        found = r.get("rollout")
+        found, common = r.get("rollout"), r.get("common")
         rows.append((
             label_of(r["group"]), title_of(r["metric"]), r["law"], str(r.get("n_runs", "–")), digits(r.get("aicc")),
             percent(found["rms_relative_error"]) if found else r.get("code", "–"),
-            f"{found['covered']} of {found['n']}" if found else "–", "least error" if r["chosen"] else "",
+            f"{found['covered']} of {found['n']}" if found else "–",
+            f"{percent(common['rms_relative_error'])} ({common['n']})" if common else "–",
+            "least error" if r["chosen"] else "",
         ))  # fmt: skip
-    note = "Each law was fitted on the smaller sizes and asked for the next one. AICc compares laws of the same runs."
-    headers = ("arm", "metric", "law", "runs", "AICc", "held-out error", "covered", "")
+    note = (
+        "Each law was fitted on the smaller sizes and asked for the next one. Laws are told apart by the rows that "
+        "all of them were asked for, at two sizes or more; AICc compares laws of the same runs."
+    )
+    headers = ("arm", "metric", "law", "runs", "AICc", "held-out error", "covered", "on common rows (how many)", "")
     return Listing("Which law predicts", note, headers, rows)
 
 

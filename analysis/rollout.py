@@ -15,6 +15,8 @@ from analysis.intervals import predict
 from analysis.points import Points
 from analysis.table import AXES, InvalidTable
 
+# one held-out rung is one draw of the noise: it ranks no laws
+ENOUGH_RUNGS = 2
 Refit = Callable[[Points], Fit]
 
 
@@ -67,3 +69,23 @@ def score(entries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         "covered": int(sum(e["covered"] for e in entries)),
         "n": len(entries),
     }
+
+
+def on_common_rows(rollouts: Sequence[Sequence[dict[str, Any]]], axis: str) -> list[dict[str, Any] | None]:
+    """The `score` of each rollout on the rows that all were asked for; None for all where those are too few rungs.
+
+    A rollout of fewer than ENOUGH_RUNGS along `axis` has None itself, and does not narrow the others.
+    """
+
+    def rungs_in(entries: Sequence[dict[str, Any]]) -> int:
+        return len({e["held_out"][axis] for e in entries})
+
+    known = [[e for e in entries if e["relative_error"] is not None] for entries in rollouts]
+    rivals = [{e["held_out"]["row"] for e in entries} for entries in known if rungs_in(entries) >= ENOUGH_RUNGS]
+    rows = set.intersection(*rivals) if rivals else set()
+    shared = [[e for e in entries if e["held_out"]["row"] in rows] for entries in known]
+    enough = max(map(rungs_in, shared), default=0) >= ENOUGH_RUNGS
+    return [
+        score(common) if enough and rungs_in(entries) >= ENOUGH_RUNGS else None
+        for common, entries in zip(shared, known, strict=True)
+    ]

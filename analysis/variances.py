@@ -44,7 +44,7 @@ def _between_parameters(law: Law, points: Points, codes: np.ndarray, frozen: np.
     Along one axis all of them, unless each trunk runs along most of that axis itself: then it is the level alone.
     """
     free = [name for name, held in zip(law.parameters, frozen, strict=True) if not held]
-    if len(law.axes) > 1:
+    if law.axes[1:]:
         return sum(name not in DATA_PARAMETERS for name in free)
     places = np.unique(np.round(np.log(points.axis(law.axes[0])), 6), return_inverse=True)[1]
     least = min(len(np.unique(places[codes == trunk])) for trunk in range(codes.max() + 1))

@@ -13,7 +13,7 @@ from analysis.laws import law
 from analysis.links import PUBLISHED_R, ceiling_band, join, link, pearson
 from analysis.points import Points
 from analysis.predictions import keep_record, register, rows_sha256, wilson
-from analysis.rollout import rollout, score
+from analysis.rollout import on_common_rows, rollout, score
 from analysis.simulate import chinchilla_points
 from analysis.study import Choice
 from analysis.table import InvalidTable
@@ -49,6 +49,18 @@ def test_rollout_tells_a_wrong_law_from_a_right_one() -> None:
     p = ladder(0.001)
     right, wrong = (score(rollout(p, Refits(Choice()).of(law(k)), 0.95)) for k in ("power-floor", "power"))
     assert right and wrong and right["rms_relative_error"] < 0.5 * wrong["rms_relative_error"]
+
+
+def test_laws_are_compared_on_the_rows_that_all_were_asked_for() -> None:
+    """A law that needs fewer rungs is asked of smaller, easier or harder ones: those count for none."""
+    p = ladder()
+    long, short = rollout(p, REFIT, 0.95), rollout(p, REFIT, 0.95)[2:]
+    spoilt = [{**e, "relative_error": 9.0} for e in long[:2]] + long[2:]
+    both = on_common_rows([spoilt, short], "n")
+    assert both[0] == both[1] == score(short) and both[0] and both[0]["n"] == 2
+    # one rung: no rival itself, and the others keep theirs
+    assert on_common_rows([long, short[1:]], "n") == [score(long), None]
+    assert on_common_rows([long[:2], short], "n") == [None, None]
 
 
 def test_predictions_are_registered_once_and_scored_later(tmp_path: Path) -> None:
