@@ -105,15 +105,18 @@ def _best(doc: Document, metric: str) -> str | None:
     return f"Best {title_of(metric)}: {digits(y)} by {arm}" + (f" at {n:,.0f} parameters." if n else ".")
 
 
-def _told_apart(doc: Document, metric: str) -> str | None:
-    """Of what lies side by side: how many pairs differ in the metric, and which one most surely does.
-
-    Pairs of one arm's settings that differ in one thing; of arms, where no settings vary.
-    """
+def _pairs(doc: Document, metric: str) -> tuple[list[Document], str]:
+    """The comparisons of what lies side by side, and of what they are: pairs of one arm's settings that differ in one
+    thing; of arms, where no settings vary."""
     groups, arm = groups_of(doc), ("token_kind", "order")
     every = [c for c in telling(doc, doc["contrasts"]) if c["metric"] == metric]
     settings = [c for c in every if all(groups[c["a"]].get(k) == groups[c["b"]].get(k) for k in arm)]
-    pairs, what = (settings, "an arm's settings") if settings else (every, "arms")
+    return (settings, "an arm's settings") if settings else (every, "arms")
+
+
+def _told_apart(doc: Document, metric: str) -> str | None:
+    """How many pairs differ in the metric, and which one most surely does."""
+    groups, (pairs, what) = groups_of(doc), _pairs(doc, metric)
     told = [c for c in pairs if c["sign"]]
     if not pairs:
         return None
@@ -126,6 +129,13 @@ def _told_apart(doc: Document, metric: str) -> str | None:
     return f"{line}, most surely {label_of(groups[most['a']])} {side} {label_of(groups[most['b']])}: {effect}."
 
 
+def _by_chance(doc: Document, metrics: Sequence[str]) -> str | None:
+    """What so many comparisons would show where there is nothing."""
+    made, share = sum(len(_pairs(doc, m)[0]) for m in metrics), round(1 / (1 - doc["level"]))
+    said = f"{made} comparisons were made: about 1 in {share} of those without a difference is told apart by chance."
+    return said if made > 1 else None
+
+
 def summary(doc: Document) -> list[str]:
     """The report's first lines: what moved, what is best, which exponents the data carry, what the claims came to."""
     metrics, flat = dict.fromkeys(m["metric"] for m in doc["measurements"]), is_flat(doc)
@@ -136,7 +146,8 @@ def summary(doc: Document) -> list[str]:
         elif not flat:
             out += _headlines(doc, metric)
     if flat:
-        out += [_told_apart(doc, metric) for metric in metrics if not is_part(metric)]
+        whole = [metric for metric in metrics if not is_part(metric)]
+        out += [*(_told_apart(doc, metric) for metric in whole), _by_chance(doc, whole)]
     if doc["verdicts"]:
         counts = {state: sum(v["verdict"] == state for v in doc["verdicts"]) for state in VERDICTS}
         out.append(

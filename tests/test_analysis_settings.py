@@ -1,6 +1,7 @@
 """Settings that vary within a size: part of the group where they cut ladders, else no law rests on such rows."""
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -92,6 +93,8 @@ def test_settings_of_one_size_stand_side_by_side_and_their_refusals_in_a_row_a_r
         assert sum(x != y for x, y in zip(a.split("-"), b.split("-"), strict=True)) == 1
     (line,) = [line for line in summary(doc) if line.startswith("GenEval-protocol score:")]
     assert line.startswith("GenEval-protocol score: 4 of 4 pairs of an arm's settings are told apart")
+    (chance,) = [line for line in summary(doc) if "by chance" in line]
+    assert re.match(r"\d+ comparisons were made: about 1 in 20 of", chance)
     assert glance(doc).headers == ["", "Validation loss", "Fréchet distance", "GenEval-protocol score"]
 
 
