@@ -164,7 +164,7 @@ def _carries_signs(chosen: Law, used: Points, floor: float | None) -> None:
     """Raises InvalidTable for values <= 0 under a law that has none, and for a floor <= 0 where no value can be."""
     where = f"{used.metric} in {used.name}"
     if used.kind == "signed" and used.y.min() <= 0 and not getattr(chosen, "signed_floor", False):
-        message = f"{where} has values <= 0 and law {chosen.name} none: take power-floor, compute or chinchilla"
+        message = f"{where} has values <= 0 and law {chosen.name} gives none: take power-floor, compute or chinchilla"
         raise InvalidTable("NON_POSITIVE", message)
     if floor is not None and floor < 0 and used.kind != "signed":
         message = f"--floor {floor} is negative and {where} is positive throughout: fix one of 0 or more"
