@@ -196,7 +196,7 @@ def assemble(result: Study, predictions: Path | None, runs: Path, planned: Seque
     }
     if predictions is not None:
         entries = [e for p in headline for e in _registered(p, refits, planned)]
-        doc["predictions"] = keep_record(predictions, entries, headline)
+        doc["predictions"] = keep_record(predictions, entries, headline, result.table.sha256)
     return doc
 
 

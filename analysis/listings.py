@@ -125,7 +125,10 @@ def predictions(doc: Document) -> Listing:
         rows.append((label_of(p["group"]), title_of(p["metric"]), place, digits(p["predicted"]), span(p["interval"]),
                      digits(p["measured"]), covered, f"{p['decades']:.2f}",
                      p["made_at"], p["rows_sha256"][:12]))  # fmt: skip
-    note = "Made from the smaller sizes alone; the hash is that of the rows used. None is ever rewritten."
+    note = (
+        "Made from the smaller sizes alone; the hash is that of the rows used. None is ever rewritten, and each is "
+        "scored once, by the first table that holds its run."
+    )
     headers = ("arm", "metric", "place", "predicted", "new run", "measured", "covered", "decades", "made", "rows")
     return Listing("Predictions on record", note, headers, rows)
 
@@ -137,12 +140,13 @@ def calibration(doc: Document) -> Listing:
         share = day["covered_so_far"] / day["scored_so_far"]
         counts = (str(day[k]) for k in ("scored", "covered", "in_advance"))
         so_far = f"{day['covered_so_far']} of {day['scored_so_far']}"
-        rows.append((day["date"], *counts, so_far, percent(share), span(day["interval"])))
+        rows.append((day["date"], *counts, so_far, percent(share)))
     note = (
-        f"Of the predictions scored so far, how many fell into their {100 * doc['level']:g} % interval; the last "
-        "column is Wilson's interval of that share. In advance: made before the run that they speak of had finished."
+        f"Of the runs predicted and measured so far, how many fell into their {100 * doc['level']:g} % interval: each "
+        "counts once a metric, by the latest prediction made before it was scored. They share models and are not "
+        "independent, so the share has no interval. In advance: made before the run that they speak of had finished."
     )
-    headers = ("scored on", "predictions", "covered", "in advance", "so far", "share", "interval")
+    headers = ("scored on", "targets", "covered", "in advance", "so far", "share")
     return Listing("Calibration over time", note, headers, rows)
 
 

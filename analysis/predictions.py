@@ -1,7 +1,8 @@
 """Pre-registration: what the smaller rungs say of larger ones, written with the hash of the very rows it rests on.
 
 The rows of the predicted rungs are cut away before anything is fitted, so the order in which runs finish does not
-matter; the hash lets anyone check that. Old predictions are never rewritten, only scored: the file is a record.
+matter; the hash lets anyone check that. Predictions are never rewritten, and scored once, by the first table that holds
+what they speak of: the file is a record.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from analysis.distributions import normal_quantile
 from analysis.document import plain, write_json
 from analysis.intervals import predict
 from analysis.points import Points
@@ -60,7 +60,8 @@ def register(
         for target in targets:
             said = predict(fitted, level, **{axis: target[axis] for axis in fitted.law.axes})
             out.append({
-                "group": dict(points.group), "metric": points.metric, "unit": points.unit, "law": fitted.law.name,
+                "group": dict(points.group), "metric": points.metric, "unit": points.unit,
+                "protocol": points.protocol, "law": fitted.law.name,
                 "rows_sha256": rows_sha256(fitted.points), "n_rows": len(fitted.points), "target": target,
                 "predicted": said.mean, "interval": [said.run_low, said.run_high], "level": level,
                 "decades": said.decades, "measured": None, "covered": None,
@@ -68,54 +69,75 @@ def register(
     return out
 
 
-def _measure(entry: dict[str, Any], points: Sequence[Points], today: str) -> None:
-    """Scores one entry where its target has been measured; several seeds count by their mean. The first date stays."""
+def _sizes(target: dict[str, float]) -> list[str]:
+    """The axes that name a run: its size and data size where they are known."""
+    return [axis for axis in ("n", "d") if axis in target] or list(target)
+
+
+def _measure(entry: dict[str, Any], points: Sequence[Points], table: str, today: str) -> None:
+    """Scores one entry where its target has been measured in its unit and protocol; several seeds count by their mean.
+
+    `table` is the sha256 of the table that did it. What was scored stays as it is: a later table may be another sweep.
+    """
     for p in points:
         if dict(p.group) != entry["group"] or p.metric != entry["metric"]:
             continue
-        sizes = [axis for axis in ("n", "d") if axis in entry["target"]] or list(entry["target"])
-        here = np.all([np.isclose(p.axis(a), entry["target"][a], rtol=1e-9) for a in sizes], axis=0)
+        here = np.all([np.isclose(p.axis(a), entry["target"][a], rtol=1e-9) for a in _sizes(entry["target"])], axis=0)
+        for name, labels in (("unit", p.units), ("protocol", p.protocols)):
+            # records of older versions have no protocol
+            here &= labels == entry[name] if name in entry else True
         if here.any():
             value = float(p.y[here].mean())
             low, high = entry["interval"]
-            entry |= {"measured": value, "covered": bool(low <= value <= high)}
-            entry.setdefault("scored_at", today)
+            entry |= {"measured": value, "covered": bool(low <= value <= high), "scored_at": today, "scored_by": table}
+            return
 
 
-def wilson(hits: int, count: int, level: float) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927): it stays inside [0, 1] and is not empty at 0 or all."""
-    z = normal_quantile(0.5 + level / 2)
-    share, bound = hits / count, 1 + z * z / count
-    middle = share + z * z / (2 * count)
-    half = z * float(np.sqrt(share * (1 - share) / count + z * z / (4 * count**2)))
-    return (middle - half) / bound, (middle + half) / bound
+def _counted(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One scored prediction a target: the latest of those made before the target was first scored.
+
+    Predictions of one run from ever more rows share its one measurement.
+    """
+    targets: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        place = {axis: entry["target"][axis] for axis in _sizes(entry["target"])}
+        what = [entry["group"], entry["metric"], entry.get("unit"), entry.get("protocol"), place]
+        targets.setdefault(json.dumps(what, sort_keys=True), []).append(entry)
+    out = []
+    for same in targets.values():
+        first = min(e["scored_at"] for e in same)
+        out.append(max((e for e in same if e["made_at"] <= first), key=lambda e: e["made_at"], default=same[0]))
+    return out
 
 
-def history(entries: Sequence[dict[str, Any]], level: float) -> list[dict[str, Any]]:
-    """Day by day: predictions scored, covered, made in advance of that day, and the share covered so far."""
-    scored = [e for e in entries if e["covered"] is not None]
+def history(counted: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Day by day: targets scored, covered, predicted in advance of that day, and the share covered so far.
+
+    Without an interval of that share: the targets of one sweep share their models, and are not independent.
+    """
     out, hits, count = [], 0, 0
-    for date in sorted({e["scored_at"][:10] for e in scored}):
-        today = [e for e in scored if e["scored_at"][:10] == date]
+    for date in sorted({e["scored_at"][:10] for e in counted}):
+        today = [e for e in counted if e["scored_at"][:10] == date]
         hits, count = hits + sum(e["covered"] for e in today), count + len(today)
         out.append({
             "date": date, "scored": len(today), "covered": sum(e["covered"] for e in today),
             "in_advance": sum(e["made_at"] < e["scored_at"] for e in today),
-            "scored_so_far": count, "covered_so_far": hits, "interval": wilson(hits, count, level),
+            "scored_so_far": count, "covered_so_far": hits,
         })  # fmt: skip
     return out
 
 
 def keep_record(
-    path: Path, entries: Sequence[dict[str, Any]], points: Sequence[Points], today: str | None = None
+    path: Path, entries: Sequence[dict[str, Any]], points: Sequence[Points], table: str, today: str | None = None
 ) -> dict[str, Any]:
     """Adds new entries to the record at `path`, scores what can be scored, writes it and returns it.
 
-    A prediction that stands there already keeps its date and its numbers. `today` is UTC, to the second; None: now.
+    A prediction that stands there already keeps its date and its numbers, and a score once given. `table` is the
+    sha256 of the table that `points` are of; `today` is UTC, to the second; None: now.
     Raises InvalidTable for an unreadable record.
     """
     try:
-        record = json.loads(path.read_text()) if path.exists() else {"version": 1, "predictions": []}
+        record = json.loads(path.read_text()) if path.exists() else {"predictions": []}
         known = {_key(e): e for e in record["predictions"]}
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidTable(
@@ -128,13 +150,20 @@ def keep_record(
         if entry["covered"] is not None:
             # from before this date was kept: nothing says that it was made in advance
             entry.setdefault("scored_at", entry["made_at"])
-        _measure(entry, points, today)
+        else:
+            _measure(entry, points, table, today)
     scored = [e for e in known.values() if e["covered"] is not None]
+    counted = _counted(scored)
     level = scored[0]["level"] if scored else 0.95
     record = {
-        "version": 1,
-        "calibration": {"scored": len(scored), "covered": sum(e["covered"] for e in scored), "level": level},
-        "history": plain(history(scored, level)),
+        "version": 2,
+        "calibration": {
+            "scored": len(scored),
+            "targets": len(counted),
+            "covered": sum(e["covered"] for e in counted),
+            "level": level,
+        },
+        "history": plain(history(counted)),
         "predictions": list(known.values()),
     }
     write_json(path, record)

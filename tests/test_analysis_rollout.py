@@ -12,7 +12,7 @@ from analysis.fit import fit
 from analysis.laws import law
 from analysis.links import PUBLISHED_R, ceiling_band, join, link, pearson
 from analysis.points import Points
-from analysis.predictions import keep_record, register, rows_sha256, wilson
+from analysis.predictions import keep_record, register, rows_sha256
 from analysis.rollout import on_common_rows, rollout, score
 from analysis.simulate import chinchilla_points
 from analysis.study import Choice
@@ -67,23 +67,23 @@ def test_predictions_are_registered_once_and_scored_later(tmp_path: Path) -> Non
     path, full = tmp_path / "predictions.json", ladder()
     below = full.take(full.n < N[-1])
     planned = [{"n": float(N[-1]), "d": 1e9, "c": 6e18}]
-    first = keep_record(path, register(below, REFIT, 0.95, planned), [below])
+    first = keep_record(path, register(below, REFIT, 0.95, planned), [below], "t")
     waiting = [p for p in first["predictions"] if p["covered"] is None]
     assert len(waiting) == 1 and waiting[0]["target"]["n"] == N[-1]
     assert waiting[0]["rows_sha256"] == rows_sha256(below)
-    second = keep_record(path, register(full, REFIT, 0.95), [full])
+    second = keep_record(path, register(full, REFIT, 0.95), [full], "t")
     scored = [p for p in second["predictions"] if p["target"]["n"] == N[-1]]
     assert all(p["measured"] == full.y[-1] and p["covered"] for p in scored)
-    assert len(scored) == 1 and second["calibration"] == {"scored": 2, "covered": 2, "level": 0.95}
+    assert len(scored) == 1 and second["calibration"] == {"scored": 2, "targets": 2, "covered": 2, "level": 0.95}
     assert json.loads(path.read_text()) == second
 
 
 def test_a_registered_prediction_is_never_rewritten(tmp_path: Path) -> None:
     path, p = tmp_path / "predictions.json", ladder()
     entries = register(p, REFIT, 0.95)
-    keep_record(path, entries, [p])
+    keep_record(path, entries, [p], "t")
     changed = [{**e, "predicted": -1.0} for e in entries]
-    assert keep_record(path, changed, [p])["predictions"][0]["predicted"] == pytest.approx(entries[0]["predicted"])
+    assert keep_record(path, changed, [p], "t")["predictions"][0]["predicted"] == pytest.approx(entries[0]["predicted"])
 
 
 def test_the_hash_is_of_the_rows_used_alone() -> None:
@@ -99,28 +99,67 @@ def test_the_record_says_how_predictions_fared_day_by_day(tmp_path: Path) -> Non
     path, full = tmp_path / "predictions.json", ladder()
     below = full.take(full.n < N[-1])
     planned = [{"n": float(N[-1]), "d": 1e9, "c": 6e18}]
-    keep_record(path, register(below, REFIT, 0.95, planned), [below], "2030-01-01T10:00:00Z")
+    keep_record(path, register(below, REFIT, 0.95, planned), [below], "t", "2030-01-01T10:00:00Z")
     missed = replace(full, y=np.where(full.n == N[-1], 9.0, full.y))
-    record = keep_record(path, [], [missed], "2030-01-03T10:00:00Z")
+    record = keep_record(path, [], [missed], "t", "2030-01-03T10:00:00Z")
     assert [(d["date"], d["scored"], d["covered"], d["in_advance"]) for d in record["history"]] == [
         ("2030-01-01", 1, 1, 0), ("2030-01-03", 1, 0, 1),
     ]  # fmt: skip
     last = record["history"][-1]
-    assert (last["covered_so_far"], last["scored_so_far"]) == (1, 2) and 0 < last["interval"][0] < 0.5
-    again = keep_record(path, [], [missed], "2030-02-01T10:00:00Z")
+    assert (last["covered_so_far"], last["scored_so_far"]) == (1, 2)
+    again = keep_record(path, [], [missed], "t", "2030-02-01T10:00:00Z")
     assert again["history"] == record["history"], "a date never moves"
 
 
-def test_wilsons_interval_is_his() -> None:
-    # Newcombe 1998 (Statistics in Medicine 17), table I: 81 of 263 by the score method
-    assert wilson(81, 263, 0.95) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson(4, 4, 0.95)[0] > 0.5 and wilson(4, 4, 0.95)[1] == pytest.approx(1.0)
+def test_a_prediction_is_scored_once_and_by_its_own_unit_and_protocol(tmp_path: Path) -> None:
+    path, full = tmp_path / "predictions.json", replace(ladder(), units=np.full(8, "nats"), protocols=np.full(8, "p1"))
+    below = full.take(full.n < N[-1])
+    planned = [{"n": float(N[-1]), "d": 1e9, "c": 6e18}]
+    keep_record(path, register(below, REFIT, 0.95, planned), [below], "first")
+    for other in (replace(full, units=np.full(8, "bits")), replace(full, protocols=np.full(8, "p2"))):
+        waiting = keep_record(path, [], [other], "other")["predictions"]
+        assert [p["covered"] for p in waiting if p["target"]["n"] == N[-1]] == [None]
+    right = keep_record(path, [], [full], "second")
+    assert [p["scored_by"] for p in right["predictions"]] == ["first", "second"]
+    elsewhere = replace(full, y=9.0 * full.y)
+    assert keep_record(path, [], [elsewhere], "third") == right, "another sweep's run of that size is not its run"
+
+
+def test_a_target_counts_once_by_the_latest_prediction_made_before_it_was_scored(tmp_path: Path) -> None:
+    path, full = tmp_path / "predictions.json", ladder()
+    target = {"n": float(N[-1]), "d": 1e9, "c": 6e18}
+    below = full.take(full.n < N[-1])
+    # the first of three predictions of one run misses it; the last comes after the run
+    for day, used in ((1, below.take(below.n > N[0])), (2, below)):
+        entries = [e for e in register(used, REFIT, 0.95, [target]) if e["target"] == target]
+        wrong = [{**e, "interval": [0.0, 0.1]} for e in entries] if day == 1 else entries
+        keep_record(path, wrong, [], "t", f"2030-01-0{day}T10:00:00Z")
+    keep_record(path, [], [full], "t", "2030-01-03T10:00:00Z")
+    late = [{**e, "rows_sha256": "late", "interval": [0.0, 0.1]} for e in register(below, REFIT, 0.95, [target])]
+    late = [e for e in late if e["target"] == target]
+    record = keep_record(path, late, [full], "t", "2030-01-04T10:00:00Z")
+    assert record["calibration"] == {"scored": 3, "targets": 1, "covered": 1, "level": 0.95}
+    assert [(d["scored"], d["covered"], d["in_advance"]) for d in record["history"]] == [(1, 1, 1)]
+
+
+def test_a_record_of_an_older_version_is_read_and_its_scores_stand(tmp_path: Path) -> None:
+    """As it was before units, protocols and tables were kept with a score."""
+    path, full = tmp_path / "predictions.json", ladder()
+    keep_record(path, register(full, REFIT, 0.95), [full], "t", "2029-01-01T10:00:00Z")
+    old = json.loads(path.read_text())
+    for entry in old["predictions"]:
+        for name in ("unit", "protocol", "scored_by", "scored_at"):
+            del entry[name]
+    path.write_text(json.dumps({"version": 1, "predictions": old["predictions"]}))
+    record = keep_record(path, [], [replace(full, y=9.0 * full.y)], "u", "2030-01-01T10:00:00Z")
+    assert [p["measured"] for p in record["predictions"]] == [full.y[-1]]
+    assert record["history"][0]["date"] == "2029-01-01" and record["calibration"]["targets"] == 1
 
 
 def test_a_foreign_record_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "predictions.json").write_text("[]")
     with pytest.raises(InvalidTable, match="UNREADABLE_RECORD"):
-        keep_record(tmp_path / "predictions.json", [], [])
+        keep_record(tmp_path / "predictions.json", [], [], "t")
 
 
 def scores(loss: Points, ceiling: float = 1.0) -> Points:
