@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fluidscale.record import table_csv, table_row, varying, write_atomic
-from fluidscale.spec import InvalidInput, run_spec_from_json
+from fluidscale.spec import InvalidInput
+from fluidscale.valid import run_spec_from_json
 
 
 def table(runs: list[dict[str, Any]], experiment: str) -> tuple[list[dict[str, Any]], list[str]]:

@@ -36,8 +36,9 @@ from fluidscale.model.generator import generate
 from fluidscale.model.transformer import Text
 from fluidscale.record import Placement, atomic, read_json, write_atomic, write_json
 from fluidscale.run import device_of, load_trained
-from fluidscale.spec import InvalidInput, RunSpec, canonical, run_spec_from_json, to_json
+from fluidscale.spec import InvalidInput, RunSpec, canonical, to_json
 from fluidscale.tokens.folders import file_sha256
+from fluidscale.valid import run_spec_from_json
 
 # Tokens drawn in one batch: bounds memory; what is drawn does not depend on it.
 _BATCH_TOKENS = 16384

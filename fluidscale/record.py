@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fluidscale import flops
-from fluidscale.spec import InvalidInput, RunSpec
+from fluidscale.limits import Amount, AtLeastOne, Count, InvalidInput, OneOf
+from fluidscale.spec import RunSpec
 
 SCHEMA_VERSION = 1
 # A table opens with what identifies a run and closes with what it cost; metrics and varied keys lie between.
@@ -24,24 +25,29 @@ _FIRST = ("run_id", "trunk_id", "branch_step", "sweep")
 _LAST = ("gpu_hours", "tokens_per_s", "mfu", "status", "git_rev", "versions", "finished_at")
 # Columns that may differ between two faithful executions of one spec.
 VOLATILE = ("gpu_hours", "tokens_per_s", "mfu", "finished_at", "git_rev", "versions")
+DEVICES = ("cpu", "cuda", "mps")
+# ddp: a whole model a process; fsdp: parameters sharded over the processes.
+STRATEGIES = ("single", "ddp", "fsdp")
+Strategy = Annotated[str, OneOf(STRATEGIES)]
+Precision = Annotated[str, OneOf(("32-true", "bf16-mixed"))]  # Lightning's spelling
 
 
 @dataclass(frozen=True)
 class Placement:
     """Where and how a run is computed: nothing here may change its result, so nothing here is hashed."""
 
-    device: str = "auto"  # auto (CUDA, then MPS, then CPU) | cpu | cuda | mps
-    strategy: str = "single"  # single | ddp (a whole model a process) | fsdp (parameters sharded over the processes)
-    devices: int = 1  # of each node, a process each
-    nodes: int = 1
-    micro_batch: int = 0  # samples that a process computes at once, a divisor of its share of the batch; 0: all of it
+    device: Annotated[str, OneOf(("auto", *DEVICES))] = "auto"  # auto: CUDA, then MPS, then CPU
+    strategy: Strategy = "single"
+    devices: AtLeastOne = 1  # of each node, a process each
+    nodes: AtLeastOne = 1
+    micro_batch: Count = 0  # samples that a process computes at once, a divisor of its share of the batch; 0: all of it
     recompute: bool = False  # activations are computed again in the backward pass instead of being kept
-    threads: int = 1  # CPU threads of each process
-    precision: str = "32-true"  # Lightning's spelling
-    checkpoint_minutes: float = 5.0
-    checkpoint_steps: int = 0  # 0: by time only
-    branch_steps: tuple[int, ...] = ()  # steps at which siblings leave the trunk: their checkpoints are kept
-    peak_flops: float = 0.0  # of the device, per second; 0: unknown, mfu stays empty
+    threads: AtLeastOne = 1  # CPU threads of each process
+    precision: Precision = "32-true"
+    checkpoint_minutes: Amount = 5.0
+    checkpoint_steps: Count = 0  # 0: by time only
+    branch_steps: tuple[Count, ...] = ()  # steps at which siblings leave the trunk: their checkpoints are kept
+    peak_flops: Amount = 0.0  # of the device, per second; 0: unknown, mfu stays empty
     data_dir: str = ""  # encoded scenes of embedded worlds; empty: <runs>/data
     # Where the folders are that the spec names by sha256: shards, tokenizer, text encoder. {sha256: path}
     # Published judges' files lie under judge:NAME (published.JUDGES).
@@ -115,6 +121,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     except json.JSONDecodeError as error:
         raise InvalidInput(f"{path}: not JSON ({error}); delete it to compute it again") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{path}: not text ({error}); delete it to compute it again") from error
+    except IsADirectoryError as error:
+        raise InvalidInput(f"{path}: a folder, expected a file of JSON") from error
 
 
 def now() -> str:

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 from fluidscale.folder import RunFolder
 from fluidscale.processes import deaf
 from fluidscale.record import Placement, git_revision, is_full, read_json, row, write_atomic, write_json
-from fluidscale.spec import InvalidInput, RunSpec, from_dict, run_spec_from_json, to_json
+from fluidscale.spec import InvalidInput, RunSpec, from_dict, to_json
+from fluidscale.valid import read_run_spec
 
 if TYPE_CHECKING:
     from fluidscale.data.sources import Source
@@ -84,7 +85,7 @@ def _claim(folder: RunFolder, spec: RunSpec, placement: Placement) -> None:
     """Writes spec.json and placement.json; refuses a folder that holds another run."""
     folder.path.mkdir(parents=True, exist_ok=True)
     there = folder.path / "spec.json"
-    if there.exists() and run_spec_from_json(there.read_text(), str(there)) != spec:
+    if there.exists() and read_run_spec(there) != spec:
         raise InvalidInput(f"{there}: this folder holds another run; use a folder of its own for {spec.id}")
     write_atomic(there, to_json(spec))
     write_json(folder.path / "placement.json", dataclasses.asdict(placement))
@@ -236,8 +237,7 @@ def load_trained(run_dir: Path) -> tuple[RunSpec, Any]:
     folder = RunFolder(run_dir)
     if not folder.weights.exists():
         raise InvalidInput(f"{run_dir}: no trained weights ({folder.weights} is missing); run it first")
-    path = run_dir / "spec.json"
-    spec = run_spec_from_json(path.read_text(), str(path))
+    spec = read_run_spec(run_dir / "spec.json")
     return spec, load_weights(spec, folder)
 
 
@@ -327,9 +327,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not arguments.spec.exists():
             raise InvalidInput(f"{arguments.spec}: no such file; `make plan` shows a sweep's runs")
-        spec = run_spec_from_json(arguments.spec.read_text(), str(arguments.spec))
-        content = read_json(arguments.placement) if arguments.placement else {}
-        placement = from_dict(Placement, content or {}, str(arguments.placement))
+        spec, content = read_run_spec(arguments.spec), {}
+        if arguments.placement is not None and (content := read_json(arguments.placement)) is None:
+            raise InvalidInput(f"{arguments.placement}: no such file; leave --placement out for this machine's own")
+        placement = from_dict(Placement, content, str(arguments.placement))
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         with told:
             record = run(spec, arguments.dir, placement, told)

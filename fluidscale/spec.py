@@ -12,7 +12,21 @@ import json
 import math
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Annotated, Any
+
+from fluidscale.limits import (
+    Amount,
+    AtLeastOne,
+    Count,
+    Decay,
+    InvalidInput,
+    OneOf,
+    Positive,
+    Range,
+    Share,
+    from_dict,
+    unknown_key,
+)
 
 TOKEN_KINDS = ("continuous", "discrete")
 ORDERS = ("random", "raster")
@@ -26,6 +40,12 @@ SOLVERS = {
     "v": ("ddim", "dpmpp_2m"),
     "flow": ("dpmpp_2m", "euler"),
 }
+# MAR: cosine schedule over 1000 steps; all networks see time in these units, and an ancestral solver takes no more.
+TIME_STEPS = 1000
+DECAY_SHAPES = ("linear", "cosine")
+GUIDANCE_SCHEDULES = ("constant", "linear")
+# The jackknife of a Fréchet distance leaves out half of the fewest images, and a covariance needs two.
+LEAST_FD_IMAGES = 4
 ARMS = tuple(f"{kind}-{order}" for kind in TOKEN_KINDS for order in ORDERS)
 
 # Fields added after the first release: absent from the canonical form while they hold their default.
@@ -37,48 +57,46 @@ _ADDED_LATER: dict[str, set[str]] = {
     "EvaluateSpec": {"stepwise_images", "geneval_unseen", "judges", "geneval_prompts_sha256", "fid_prompts_sha256"},
 }
 
-T = TypeVar("T")
-
-
-class InvalidInput(ValueError):
-    """The user's input cannot be used; the message says what, where and the way out (exit code 2)."""
+# A step's draws come from (seed << 32) + step, in 64 bits.
+Seed = Annotated[int, Range(least=0, below=2**32)]
 
 
 @dataclass(frozen=True)
 class DiffusionSpec:
     """The denoising head of a continuous arm (MAR, arXiv 2406.11838)."""
 
-    width: int
-    num_blocks: int
-    objective: str = "v"  # eps (MAR: eps-prediction with learned sigma) | v (cosine VP) | flow (linear path, velocity)
-    noise_repeats: int = 4  # MAR's diffusion_batch_mul: fresh (t, noise) draws per token
+    width: AtLeastOne
+    num_blocks: AtLeastOne
+    # eps: MAR's prediction of the noise, with learned sigma; v: cosine VP; flow: linear path, velocity.
+    objective: Annotated[str, OneOf(tuple(SOLVERS))] = "v"
+    noise_repeats: AtLeastOne = 4  # MAR's diffusion_batch_mul: fresh (t, noise) draws per token
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """One transformer with its two ends. Widths in channels, lengths in tokens."""
 
-    token_kind: str
-    order: str
-    depth: int
-    width: int
-    num_heads: int
-    grid: int  # tokens per image side; the sequence has grid * grid tokens
-    token_channels: int  # continuous: channels of one token; discrete: 0
-    vocab_size: int  # discrete: codes of the tokenizer; continuous: 0
-    text_vocab_size: int  # > 0: words are embedded by the model; 0: features come from a frozen encoder
-    text_width: int  # width of the text features that enter the aligner
-    text_length: int
-    aligner_depth: int
-    mlp_ratio: int = 4
-    position: str = "input"  # one of POSITIONS
-    mask_law: str = "none"  # raster: none; random: one of MASK_LAWS
+    token_kind: Annotated[str, OneOf(TOKEN_KINDS)]
+    order: Annotated[str, OneOf(ORDERS)]
+    depth: AtLeastOne
+    width: AtLeastOne
+    num_heads: AtLeastOne
+    grid: AtLeastOne  # tokens per image side; the sequence has grid * grid tokens
+    token_channels: Count  # continuous: channels of one token; discrete: 0
+    vocab_size: Count  # discrete: codes of the tokenizer; continuous: 0
+    text_vocab_size: Count  # > 0: words are embedded by the model; 0: features come from a frozen encoder
+    text_width: AtLeastOne  # width of the text features that enter the aligner
+    text_length: AtLeastOne
+    aligner_depth: Count
+    mlp_ratio: AtLeastOne = 4
+    position: Annotated[str, OneOf(POSITIONS)] = "input"
+    mask_law: Annotated[str, OneOf(("none", *MASK_LAWS))] = "none"  # raster: none
     head: DiffusionSpec | None = None  # None: softmax
-    encoder_depth: int = 0  # random: of `depth`, the blocks before mask tokens enter (MAR's encoder); 0: one stack
-    buffer_tokens: int = 0  # random: learned vectors before the image's tokens, which every slot sees (MAR: 64)
+    encoder_depth: Count = 0  # random: of `depth`, the blocks before mask tokens enter (MAR's encoder); 0: one stack
+    buffer_tokens: Count = 0  # random: learned vectors before the image's tokens, which every slot sees (MAR: 64)
     # Of embedded words (where the model embeds them) and of their places, at the start. A block's first output is of
     # order 1: beside MAR's .02 it drowns which word stands where.
-    text_init_std: float = 0.02
+    text_init_std: Amount = 0.02
 
     @property
     def num_tokens(self) -> int:
@@ -93,16 +111,16 @@ class ModelSpec:
 class WorldSpec:
     """Settings of the embedded world: one world, made small or large by these numbers."""
 
-    resolution: int
+    resolution: Annotated[int, Range(least=8)]
     classes: tuple[str, ...]
     colors: tuple[str, ...]
-    max_objects: int
-    icon_sizes: tuple[int, ...]  # side in px for scenes of 1, 2, .. max_objects icons
-    size_jitter: float = 0.0  # icons are scaled by 1 +- this, uniformly
-    rotation_degrees: float = 0.0  # icons are rotated by +- this, uniformly
-    position_step: int = 1  # centres lie on a grid of this many px
-    holdout_fraction: float = 0.2
-    seed: int = 0
+    max_objects: Annotated[int, Range(least=2, most=4)]
+    icon_sizes: tuple[Annotated[int, Range(least=4)], ...]  # side in px for scenes of 1, 2, .. max_objects icons
+    size_jitter: Annotated[float, Range(least=0, below=1)] = 0.0  # icons are scaled by 1 +- this, uniformly
+    rotation_degrees: Annotated[float, Range(least=0, most=45)] = 0.0  # icons are rotated by +- this, uniformly
+    position_step: AtLeastOne = 1  # centres lie on a grid of this many px
+    holdout_fraction: Annotated[float, Range(least=0, most=0.5)] = 0.2
+    seed: Count = 0
 
 
 @dataclass(frozen=True)
@@ -110,7 +128,7 @@ class DataSpec:
     """The training images: an embedded world, or shards named by the hash of their manifest."""
 
     name: str
-    images_unique: int
+    images_unique: AtLeastOne
     world: WorldSpec | None = None
     manifest_sha256: str | None = None
 
@@ -119,21 +137,21 @@ class DataSpec:
 class TrainSpec:
     """Warm-up, stable, decay: the rate is constant from warmup_steps to branch_step, then falls to 0."""
 
-    lr: float
-    batch: int
-    steps: int
-    decay_steps: int
-    warmup_steps: int
-    weight_decay: float
-    beta1: float
-    beta2: float
-    grad_clip: float
-    ema_decay: float
-    text_drop: float
-    decay_shape: str = "linear"  # linear | cosine (half a period)
+    lr: Positive
+    batch: AtLeastOne
+    steps: AtLeastOne
+    decay_steps: Count
+    warmup_steps: Count
+    weight_decay: Amount
+    beta1: Decay
+    beta2: Decay
+    grad_clip: Positive
+    ema_decay: Decay
+    text_drop: Share
+    decay_shape: Annotated[str, OneOf(DECAY_SHAPES)] = "linear"  # cosine: half a period
     decay_head: bool = True  # whether weight decay acts on the denoising head; MAR leaves it out
     # The rate of embeddings, places, biases and gains: of all but linear maps' matrices. None: `lr`, as in MAR.
-    lr_vectors: float | None = None
+    lr_vectors: Positive | None = None
 
     @property
     def branch_step(self) -> int:
@@ -145,13 +163,13 @@ class TrainSpec:
 class SamplingSpec:
     """How images are drawn from a trained model."""
 
-    guidance_scale: float
-    temperature: float
-    num_inference_steps: int  # autoregressive steps; raster: one per token
-    guidance_schedule: str = "constant"  # constant | linear (MAR)
-    num_denoising_steps: int = 0  # continuous: steps of the head's solver; discrete: 0
+    guidance_scale: Amount
+    temperature: Amount
+    num_inference_steps: AtLeastOne  # autoregressive steps; raster: one per token
+    guidance_schedule: Annotated[str, OneOf(GUIDANCE_SCHEDULES)] = "constant"  # linear: MAR's
+    num_denoising_steps: Count = 0  # continuous: steps of the head's solver; discrete: 0
     solver: str = "none"  # continuous: ddpm | ddpm_clamped | ddim | dpmpp_2m | euler; discrete: none
-    final_denoising_steps: int = 0  # DiSA: solver steps of the last tokens, linear in the known ones; 0: as the first
+    final_denoising_steps: Count = 0  # DiSA: solver steps of the last tokens, linear in the known ones; 0: as the first
 
 
 @dataclass(frozen=True)
@@ -159,10 +177,10 @@ class EvaluateSpec:
     """What is measured at the end of a run; a count of 0 leaves that measurement out."""
 
     sampling: SamplingSpec
-    val_images: int
-    geneval_images_per_prompt: int
-    fd_images: int
-    stepwise_images: int = 256  # of the two likelihoods along a schedule, at most val_images
+    val_images: Count
+    geneval_images_per_prompt: Count
+    fd_images: Count
+    stepwise_images: Count = 256  # of the two likelihoods along a schedule, at most val_images
     geneval_unseen: bool = True  # whether prompts of combinations held out of training are drawn too
     # Of a run on real images: which published judges look at what it draws (published.JUDGES), and at which prompts.
     judges: tuple[str, ...] = ()
@@ -175,7 +193,7 @@ class RunSpec:
     """One run: everything that decides its result, and nothing else."""
 
     size: str
-    seed: int
+    seed: Seed
     model: ModelSpec
     tokenizer_sha256: str
     text_encoder: str
@@ -244,72 +262,15 @@ def to_json(spec: RunSpec) -> str:
     return json.dumps(canonical(spec), indent=1, sort_keys=True) + "\n"
 
 
-_NESTED: dict[tuple[str, str], type] = {
-    ("RunSpec", "model"): ModelSpec,
-    ("RunSpec", "data"): DataSpec,
-    ("RunSpec", "train"): TrainSpec,
-    ("RunSpec", "evaluate"): EvaluateSpec,
-    ("EvaluateSpec", "sampling"): SamplingSpec,
-    ("ModelSpec", "head"): DiffusionSpec,
-    ("DataSpec", "world"): WorldSpec,
-}
-
-
-def from_dict(cls: type[T], content: dict[str, Any], where: str) -> T:
-    """Builds a spec from plain data; an unknown, missing or ill-typed key raises InvalidInput naming `where`."""
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in content.items():
-        if key not in known:
-            raise InvalidInput(unknown_key(key, known, where))
-        nested = _NESTED.get((cls.__name__, key))
-        if nested is not None and value is not None:
-            value = from_dict(nested, value, f"{where}: {key}")
-        values[key] = _coerce(value, str(known[key].type), f"{where}: {key}")
-    unset = dataclasses.MISSING
-    missing = [n for n, f in known.items() if n not in values and f.default is unset and f.default_factory is unset]
-    if missing:
-        raise InvalidInput(f"{where}: missing {', '.join(missing)}")
-    return cls(**values)
-
-
-def unknown_key(key: str, known: Any, where: str) -> str:
-    """The message for a key that does not exist, with the nearest one that does."""
-    import difflib
-
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
-    return f"{where}: unknown key {key!r}; did you mean {near[0]!r}? known: {', '.join(sorted(known))}"
-
-
-def _coerce(value: Any, annotation: str, where: str) -> Any:
-    if annotation == "float" and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if annotation == "int" and isinstance(value, float) and value.is_integer():
-        return int(value)
-    wanted = {"float": float, "int": int, "str": str}.get(annotation)
-    if wanted is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
-        raise InvalidInput(f"{where}: expected {annotation}, got {value!r}")
-    if annotation.startswith("tuple"):
-        if not isinstance(value, (list, tuple)):
-            raise InvalidInput(f"{where}: expected a list, got {value!r}")
-        return tuple(value)
-    return value
-
-
-def run_spec_from_json(text: str, where: str) -> RunSpec:
-    """Reads what `to_json` wrote. Raises InvalidInput when it is not a run spec."""
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InvalidInput(f"{where}: not JSON ({error})") from error
-    return from_dict(RunSpec, content, where)
-
-
 __all__ = [
     "ARMS",
+    "DECAY_SHAPES",
+    "GUIDANCE_SCHEDULES",
+    "LEAST_FD_IMAGES",
     "MASK_LAWS",
     "ORDERS",
     "SOLVERS",
+    "TIME_STEPS",
     "TOKEN_KINDS",
     "DataSpec",
     "DiffusionSpec",
@@ -318,12 +279,12 @@ __all__ = [
     "ModelSpec",
     "RunSpec",
     "SamplingSpec",
+    "Seed",
     "TrainSpec",
     "WorldSpec",
     "canonical",
     "digest",
     "from_dict",
-    "run_spec_from_json",
     "to_json",
     "unknown_key",
 ]

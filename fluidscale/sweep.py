@@ -18,19 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fluidscale.inputs import Inputs, read_inputs
+from fluidscale.limits import AtLeastOne, InvalidInput, Positive, Share, from_dict, mapping, typed, unknown_key
 from fluidscale.published import read_judges
-from fluidscale.spec import (
-    ARMS,
-    MASK_LAWS,
-    SOLVERS,
-    InvalidInput,
-    RunSpec,
-    TrainSpec,
-    WorldSpec,
-    canonical,
-    from_dict,
-    unknown_key,
-)
+from fluidscale.spec import ARMS, ORDERS, TOKEN_KINDS, RunSpec, Seed, TrainSpec, WorldSpec, canonical
+from fluidscale.valid import check, check_world
 
 SWEEPS = Path(__file__).resolve().parent.parent / "sweeps"
 _KEYS = (
@@ -49,7 +40,11 @@ _KEYS = (
     "vary",
     "judges",
 )
-_SECTIONS = ("model", "data", "train", "evaluate", "tokenizer", "text_encoder")
+# Of keys and values; then those that may be a name.
+_MAPPINGS = ("model", "data", "train", "evaluate")
+_SECTIONS = (*_MAPPINGS, "tokenizer", "text_encoder")
+# Of `evaluate`, what follows from the section `judges`.
+_JUDGED = ("judges", "geneval_prompts_sha256", "fid_prompts_sha256")
 
 
 @dataclass(frozen=True)
@@ -107,12 +102,21 @@ def _unchanged(path: Path, modified: int) -> dict[str, Any]:
 def load_world(name: str) -> WorldSpec:
     """A row of sweeps/worlds.yaml by name, or a world of the user's own from a YAML file with WorldSpec's fields."""
     if name.endswith((".yaml", ".yml")):
-        return from_dict(WorldSpec, _read_once(Path(name)), name)
-    path = SWEEPS / "worlds.yaml"
-    rows = _read_once(path)
-    if name not in rows:
-        raise InvalidInput(unknown_key(name, rows, str(path)))
-    return from_dict(WorldSpec, rows[name], f"{path}: {name}")
+        content, where = _read_once(Path(name)), name
+    else:
+        path = SWEEPS / "worlds.yaml"
+        rows, where = _read_once(path), f"{path}: {name}"
+        if name not in rows:
+            raise InvalidInput(unknown_key(name, rows, str(path)))
+        content = rows[name]
+    world = from_dict(WorldSpec, content, where)
+    check_world(world, where)
+    return world
+
+
+def ladder() -> dict[str, Any]:
+    """The rows of sweeps/sizes.yaml."""
+    return _read_once(SWEEPS / "sizes.yaml")
 
 
 def sweep_path(name: str) -> Path:
@@ -134,20 +138,22 @@ def load_sweep(name: str, sizes: Sequence[str] | None = None, arms: Sequence[str
     path = sweep_path(name)
     plan = _extended(path)
     where = str(path)
-    ladder = read_yaml(SWEEPS / "sizes.yaml")
-    _check_layers(plan, ladder, where)
-    all_sizes, all_arms = _listed(plan, "sizes", ladder, where), _listed(plan, "arms", ARMS, where)
-    only = {size: _listed(plan["only"], size, ARMS, f"{where}: only") for size in plan.get("only") or {}}
+    rows = ladder()
+    _check_layers(plan, where)
+    all_sizes, all_arms = _listed(plan, "sizes", rows, where), _listed(plan, "arms", ARMS, where)
+    only = _by_name(plan, "only", rows, where)
+    only = {size: _listed(only, size, ARMS, f"{where}: only") for size in only}
     kept_sizes = _filter(all_sizes, sizes, "SIZE", where)
     kept_arms = _filter(all_arms, arms, "ARM", where)
-    judges = read_judges(plan.get("judges") or {}, where)
+    judges = read_judges(mapping(plan.get("judges"), f"{where}: judges"), where)
+    images = sorted(typed(plan.get("images", []), tuple[AtLeastOne, ...], f"{where}: images"))
     runs = [
         (judges.asked_of(run, inputs.card.get("resolution")), inputs)
         for size, arm in itertools.product(kept_sizes, kept_arms)
         if arm in only.get(size, ARMS)
         for seed in _seeds(plan, size, where)
-        for varied in _varied(plan.get("vary") or {}, where)
-        for run, inputs in _runs(plan, arm, size, ladder[size], int(seed), varied, where)
+        for varied in _varied(mapping(plan.get("vary"), f"{where}: vary"), where)
+        for run, inputs in _runs(plan, arm, size, seed, images, varied, where)
     ]
     unique = {run.id: run for run, _ in runs}
     assets = judges.assets | {sha256: path for _, inputs in runs for sha256, path in inputs.assets.items()}
@@ -157,16 +163,18 @@ def load_sweep(name: str, sizes: Sequence[str] | None = None, arms: Sequence[str
     return Sweep(path.stem, tuple(unique.values()), path.read_text(), partial, assets)
 
 
-def _extended(path: Path) -> dict[str, Any]:
-    """The file's keys over those of the files it extends, sections merged key by key."""
+def _extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's keys over those of the files it extends, sections merged key by key; `seen` extend it."""
+    if path.resolve() in seen:
+        raise InvalidInput(f"{seen[0]}: extends: it comes back to {path}; a sweep cannot extend itself")
     plan = read_yaml(path)
     for key in plan:
         if key not in _KEYS:
             raise InvalidInput(unknown_key(key, _KEYS, str(path)))
     if "extends" not in plan:
         return plan
-    parent = _extended(path.parent / f"{plan.pop('extends')}.yaml")
-    return _merged(parent, plan)
+    name = typed(plan.pop("extends"), str, f"{path}: extends")
+    return _merged(_extended(path.parent / f"{name}.yaml", (*seen, path.resolve())), plan)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -189,16 +197,30 @@ def _listed(plan: dict[str, Any], key: str, known: Any, where: str) -> list[str]
     return [str(value) for value in values]
 
 
-def _check_layers(plan: dict[str, Any], ladder: dict[str, Any], where: str) -> None:
-    """A misspelt arm or size would be a layer that no run gets."""
-    kinds, orders = (dict.fromkeys(arm.split("-")[i] for arm in ARMS) for i in (0, 1))
-    for axis, known in (("token_kind", kinds), ("order", orders), ("arm", ARMS), ("size", ladder)):
-        layers = plan.get(f"by_{axis}") or {}
-        if not isinstance(layers, dict):
-            raise InvalidInput(f"{where}: by_{axis}: expected keys and values, got {layers!r}")
-        for value in layers:
-            if value not in known:
-                raise InvalidInput(unknown_key(str(value), known, f"{where}: by_{axis}"))
+def _by_name(plan: dict[str, Any], key: str, known: Any, where: str) -> dict[str, Any]:
+    """A part with something for each of some names; a misspelt one would be something that no run gets."""
+    part = mapping(plan.get(key), f"{where}: {key}")
+    for name in part:
+        if name not in known:
+            raise InvalidInput(unknown_key(name, known, f"{where}: {key}"))
+    return part
+
+
+def _check_layers(plan: dict[str, Any], where: str) -> None:
+    layers = {key: plan.get(key) for key in ("defaults", "smaller_images")}
+    for axis, known in (("token_kind", TOKEN_KINDS), ("order", ORDERS), ("arm", ARMS), ("size", ladder())):
+        layers |= {f"by_{axis}: {k}": layer for k, layer in _by_name(plan, f"by_{axis}", known, where).items()}
+    for name, layer in layers.items():
+        sections = mapping(layer, f"{where}: {name}")
+        for key in sections:
+            if key not in _SECTIONS:
+                raise InvalidInput(unknown_key(key, _SECTIONS, f"{where}: {name}"))
+        _check_sections(sections, f"{where}: {name}")
+
+
+def _check_sections(content: dict[str, Any], where: str) -> None:
+    for key in _MAPPINGS:
+        mapping(content.get(key), f"{where}: {key}")
 
 
 def _filter(there: list[str], wanted: Sequence[str] | None, label: str, where: str) -> list[str]:
@@ -210,16 +232,17 @@ def _filter(there: list[str], wanted: Sequence[str] | None, label: str, where: s
     return [value for value in there if value in wanted]
 
 
-def _seeds(plan: dict[str, Any], size: str, where: str) -> list[Any]:
+def _seeds(plan: dict[str, Any], size: str, where: str) -> tuple[int, ...]:
     """The seeds of a size: one list for all sizes, or a mapping with a list for each."""
     seeds = plan.get("seeds", [0])
     if isinstance(seeds, dict):
+        seeds = _by_name(plan, "seeds", ladder(), where)
         if size not in seeds:
             raise InvalidInput(f"{where}: seeds: no list for size {size}; it has: {', '.join(map(str, seeds))}")
         seeds = seeds[size]
     if not isinstance(seeds, list):
         raise InvalidInput(f"{where}: seeds: expected a list of numbers, or one for each size, got {seeds!r}")
-    return seeds
+    return typed(seeds, tuple[Seed, ...], f"{where}: seeds")
 
 
 def _varied(vary: dict[str, list[Any]], where: str) -> Iterator[dict[str, Any]]:
@@ -227,6 +250,9 @@ def _varied(vary: dict[str, list[Any]], where: str) -> Iterator[dict[str, Any]]:
     for key, values in vary.items():
         if not isinstance(values, list) or not values:
             raise InvalidInput(f"{where}: vary: {key}: expected a list of values")
+        for other in vary:
+            if other.startswith(f"{key}."):
+                raise InvalidInput(f"{where}: vary: {other} is a part of {key}, which varies too; name one of them")
     for values in itertools.product(*vary.values()):
         nested: dict[str, Any] = {}
         for key, value in zip(vary, values, strict=True):
@@ -239,37 +265,38 @@ def _varied(vary: dict[str, list[Any]], where: str) -> Iterator[dict[str, Any]]:
 
 
 def _runs(
-    plan: dict[str, Any], arm: str, size: str, row: dict[str, Any], seed: int, varied: dict[str, Any], where: str
+    plan: dict[str, Any], arm: str, size: str, seed: int, images: list[int], varied: dict[str, Any], where: str
 ) -> Iterator[tuple[RunSpec, Inputs]]:
     """One run a data size: they share their trunk, and only the largest is evaluated in full."""
     kind, order = arm.split("-")
-    resolved = dict(plan.get("defaults", {}))
+    resolved = dict(plan.get("defaults") or {})
     layers = [
         (plan.get(f"by_{axis}") or {}).get(value)
         for axis, value in (("token_kind", kind), ("order", order), ("arm", arm))
     ]
     # A sweep's own word on a size comes after the size's row.
-    for layer in [*layers, {"model": row}, (plan.get("by_size") or {}).get(size), varied]:
+    for layer in [*layers, {"model": ladder()[size]}, (plan.get("by_size") or {}).get(size), varied]:
         resolved = _merged(resolved, layer or {})
-    sizes_of_data = sorted(int(n) for n in plan.get("images", []))
-    for images in sizes_of_data:
-        smaller = plan.get("smaller_images") or {}
-        yield _run(
-            _merged(resolved, smaller) if images < sizes_of_data[-1] else resolved, arm, size, seed, images, where
-        )
+    smaller = _merged(resolved, plan.get("smaller_images") or {})
+    for count in images:
+        yield _run(smaller if count < images[-1] else resolved, arm, size, seed, count, where)
 
 
 def _run(content: dict[str, Any], arm: str, size: str, seed: int, images: int, where: str) -> tuple[RunSpec, Inputs]:
     for key in content:
         if key not in _SECTIONS:
             raise InvalidInput(unknown_key(key, _SECTIONS, where))
+    _check_sections(content, where)
+    for key in _JUDGED:
+        if key in (content.get("evaluate") or {}):
+            raise InvalidInput(f"{where}: evaluate: {key}: it follows from the section `judges`; name the files there")
     kind, order = arm.split("-")
     inputs = read_inputs(content, where)
     card = inputs.card
     if card["kind"] != kind:
         raise InvalidInput(f"{where}: {arm} cannot use the {card['kind']} tokenizer {content['tokenizer']}")
     model = {
-        **content["model"],
+        **(content.get("model") or {}),
         **inputs.text,
         "token_kind": kind,
         "order": order,
@@ -277,9 +304,10 @@ def _run(content: dict[str, Any], arm: str, size: str, seed: int, images: int, w
         "token_channels": card["channels"] if kind == "continuous" else 0,
         "vocab_size": card["vocab_size"] if kind == "discrete" else 0,
     }
+    model["width"] = typed(model.get("width"), AtLeastOne, f"{where}: model: width")
     if model.get("head") is not None:
         # The denoising head is as wide as the trunk unless a sweep says otherwise.
-        model["head"] = {"width": model["width"], **model["head"]}
+        model["head"] = {"width": model["width"], **mapping(model["head"], f"{where}: model: head")}
     data = dict(inputs.data)
     if isinstance(data.get("world"), str):
         data["world"] = canonical(load_world(data["world"]))
@@ -293,8 +321,8 @@ def _run(content: dict[str, Any], arm: str, size: str, seed: int, images: int, w
             "text_encoder": inputs.text_encoder,
             "text_encoder_sha256": inputs.text_encoder_sha256,
             "data": data,
-            "train": _train(dict(content["train"]), images, int(model["width"]), where),
-            "evaluate": content["evaluate"],
+            "train": _train(dict(content.get("train") or {}), images, model["width"], where),
+            "evaluate": content.get("evaluate"),
         },
         where,
     )
@@ -312,62 +340,14 @@ def _train(train: dict[str, Any], images: int, width: int, where: str) -> dict[s
     for key in train:
         if key not in known:
             raise InvalidInput(unknown_key(key, known, f"{where}: train"))
-    steps, rest = divmod(images, int(train.get("batch", 1)))
+    batch = typed(train.get("batch", 1), AtLeastOne, f"{where}: train: batch")
+    steps, rest = divmod(images, batch)
     if rest:
-        raise InvalidInput(f"{where}: images: {images} is not a multiple of the batch {train['batch']}")
-    fraction, at_width = train.pop("decay_fraction", 0.0), train.pop("lr_width", width)
-    # Nine digits: a rate that a person can read back from its spec.
-    rate = float(f"{train['lr'] * at_width / width:.9g}") if "lr" in train else None
-    return {**train, "lr": rate, "steps": steps, "decay_steps": round(steps * fraction)}
-
-
-def check(spec: RunSpec, where: str) -> None:
-    """Raises InvalidInput when the numbers of a spec do not fit together, with the way out."""
-    model, train, sampling = spec.model, spec.train, spec.evaluate.sampling
-    objective = model.head.objective if model.head else ""
-    solvers = SOLVERS.get(objective, ()) if model.head else ("none",)
-    draws = spec.evaluate.geneval_images_per_prompt or spec.evaluate.fd_images or spec.evaluate.judges
-    head_dim, rest = divmod(model.width, model.num_heads)
-    rules = (
-        (rest, f"width {model.width} is not divisible by num_heads {model.num_heads}; change its row in sizes.yaml"),
-        (
-            model.position != "input" and head_dim % 4,
-            f"2-D rotary positions need a head dimension divisible by 4, got {head_dim}; change num_heads",
-        ),
-        (
-            model.mask_law not in (("none",) if model.order == "raster" else MASK_LAWS),
-            f"mask_law {model.mask_law!r} is not for {model.order} order "
-            f"(random: {', '.join(MASK_LAWS)}; raster: none)",
-        ),
-        (
-            (model.token_kind == "continuous") == (model.head is None),
-            f"model.head is {model.head}: continuous tokens need one, discrete tokens take none",
-        ),
-        (not solvers, f"model.head.objective {objective!r}: choose from {', '.join(SOLVERS)}"),
-        (
-            sampling.solver not in (solvers if draws else (*solvers, "none")),
-            f"evaluate.sampling.solver {sampling.solver!r} does not draw this head's tokens; "
-            f"choose from {', '.join(solvers)}",
-        ),
-        (
-            train.warmup_steps > train.branch_step,
-            f"{train.steps} steps cannot hold {train.warmup_steps} of warm-up and {train.decay_steps} of decay; "
-            "raise `images` or lower train.warmup_steps",
-        ),
-        (
-            not (spec.data.world or spec.data.manifest_sha256) and spec.tokenizer_sha256,
-            "data.world or data.shards is missing: name a row of sweeps/worlds.yaml, or a folder of encoded images",
-        ),
-        (
-            train.lr <= 0 or train.batch <= 0 or (train.lr_vectors is not None and train.lr_vectors <= 0),
-            "train.lr (and lr_vectors, where given) and train.batch must be positive",
-        ),
-        (train.decay_shape not in ("linear", "cosine"), f"train.decay_shape {train.decay_shape!r}: linear or cosine"),
-        (
-            not train.batch <= spec.data.images_unique,
-            f"data.images_unique {spec.data.images_unique} is below one batch of {train.batch}",
-        ),
-    )
-    for broken, message in rules:
-        if broken:
-            raise InvalidInput(f"{where}: {message}")
+        raise InvalidInput(f"{where}: images: {images} is not a multiple of the batch {batch}")
+    fraction = typed(train.pop("decay_fraction", 0.0), Share, f"{where}: train: decay_fraction")
+    at_width = typed(train.pop("lr_width", width), Positive, f"{where}: train: lr_width")
+    if "lr" in train:
+        rate = typed(train["lr"], Positive, f"{where}: train: lr")
+        # Nine digits: a rate that a person can read back from its spec.
+        train["lr"] = float(f"{rate * at_width / width:.9g}")
+    return {**train, "steps": steps, "decay_steps": round(steps * fraction)}

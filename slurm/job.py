@@ -19,7 +19,8 @@ from typing import Any
 
 from fluidscale.folder import RunFolder
 from fluidscale.record import Placement, is_full, now, read_json, write_json
-from fluidscale.spec import InvalidInput, RunSpec, from_dict, run_spec_from_json
+from fluidscale.spec import InvalidInput, RunSpec, from_dict
+from fluidscale.valid import read_run_spec
 from slurm import attempts, claim, layout
 from slurm.budget import Budget, UsedUp
 
@@ -288,7 +289,7 @@ def is_over(folder: RunFolder, stage: str = WHOLE) -> bool:
 
 def read_job(run_dir: Path) -> tuple[RunSpec, Placement]:
     """What the launcher wrote into a run's folder."""
-    spec = run_spec_from_json((run_dir / "spec.json").read_text(), str(run_dir / "spec.json"))
+    spec = read_run_spec(run_dir / "spec.json")
     if spec.id != run_dir.name:
         raise InvalidInput(f"{run_dir}/spec.json was changed: it describes {spec.id}; delete the folder to start anew")
     content = read_json(run_dir / "placement.json")

@@ -21,7 +21,8 @@ from submitit.local.local import LocalExecutor, LocalJob
 from fluidscale.folder import RunFolder
 from fluidscale.processes import deaf
 from fluidscale.record import now, read_json, write_atomic, write_json
-from fluidscale.spec import InvalidInput, run_spec_from_json, to_json
+from fluidscale.spec import InvalidInput, to_json
+from fluidscale.valid import read_run_spec
 from slurm import claim, layout
 from slurm.budget import UsedUp
 from slurm.job import STOP_SECONDS, Execute, Queue, execute, work
@@ -88,7 +89,7 @@ def prepare(
             folder = RunFolder(runs_dir / run.spec.id)
             if folder.record is None:
                 there = folder.path / "spec.json"
-                if there.exists() and run_spec_from_json(there.read_text(), str(there)) != run.spec:
+                if there.exists() and read_run_spec(there) != run.spec:
                     raise InvalidInput(f"{there}: describes another run than its folder's name; delete {folder.path}")
                 write_atomic(there, to_json(run.spec))
                 write_json(folder.path / "placement.json", asdict(run.placement))

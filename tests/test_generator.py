@@ -6,7 +6,7 @@ from tiny_models import ARMS, arm_spec, awake, sampling_of, text_of
 
 from fluidscale.model.generator import SCHEDULES, generate
 from fluidscale.model.transformer import Text
-from fluidscale.spec import InvalidInput
+from fluidscale.spec import GUIDANCE_SCHEDULES, InvalidInput
 
 LATENT_TOLERANCE = 1e-4
 
@@ -69,6 +69,7 @@ def test_guidance_scales_share_a_batch(arm, schedule):
 
 
 def test_guidance_schedules_are_mars():
+    assert tuple(SCHEDULES) == GUIDANCE_SCHEDULES
     assert SCHEDULES["constant"](3.0, 256, 100) == 3.0
     assert SCHEDULES["linear"](3.0, 256, 255) == pytest.approx(1 + 2 / 256)
     # MAR counts one token as masked after its last step.
@@ -119,5 +120,5 @@ def test_fewer_denoising_steps_are_taken_as_more_is_known(arm):
         assert drawn.isfinite().all()
     steps = len(model.order.steps(9, 4, torch.arange(9).expand(2, -1)))
     assert counts[10] == 10 * steps and 0.5 < counts[2] / counts[10] < 0.85
-    with pytest.raises(InvalidInput, match="num_denoising_steps"):
+    with pytest.raises(InvalidInput, match="final_denoising_steps"):
         generate(model, text, dataclasses.replace(sampling, final_denoising_steps=-1), [1, 2])

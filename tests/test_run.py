@@ -148,6 +148,39 @@ def test_a_checkpoint_of_another_spec_is_refused_in_one_line(tmp_path, tiny_spec
     assert RunFolder(folder).record is None
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("spec", b"[]", "spec.json: expected keys and values, got []"),
+        ("spec", b"\xff", "spec.json: not readable"),
+        ("spec", b'{"model": 3}', "spec.json: model: expected keys and values, got 3"),
+        ("spec", None, "spec.json: not readable"),
+        ("placement", b"[]", "placement.json: expected keys and values, got []"),
+        ("placement", b"\xff", "placement.json: not text"),
+        ("placement", b"{", "placement.json: not JSON"),
+        ("placement", b'{"device": "gpu"}', "placement.json: device: unknown 'gpu'"),
+        ("placement", b'{"threads": 0}', "placement.json: threads: expected at least 1, got 0"),
+        ("placement", None, "placement.json: a folder"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_line(tmp_path, tiny_spec, capsys, name, content, message):
+    (tmp_path / "spec.json").write_text(to_json(tiny_spec("discrete-raster")))
+    path = tmp_path / f"{name}.json"
+    path.unlink(missing_ok=True)
+    path.mkdir() if content is None else path.write_bytes(content)
+    words = [str(tmp_path / "spec.json"), "--dir", str(tmp_path / "run")]
+    assert main([*words, "--placement", str(tmp_path / "placement.json")] if name == "placement" else words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_placement_that_is_not_there_is_not_passed_over(tmp_path, tiny_spec, capsys):
+    (tmp_path / "spec.json").write_text(to_json(tiny_spec("discrete-raster")))
+    words = [str(tmp_path / "spec.json"), "--dir", str(tmp_path / "run"), "--placement", str(tmp_path / "none.json")]
+    assert main(words) == 2
+    assert "none.json: no such file" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_a_failure_leaves_its_reason(tmp_path, tiny_spec):
     spec = tiny_spec("discrete-raster")
     strange = dataclasses.replace(spec, tokenizer_sha256="00" * 32)

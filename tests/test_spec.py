@@ -5,7 +5,8 @@ import math
 import pytest
 
 from fluidscale import spec as spec_module
-from fluidscale.spec import InvalidInput, TrainSpec, canonical, digest, from_dict, run_spec_from_json, to_json
+from fluidscale.spec import InvalidInput, TrainSpec, canonical, digest, from_dict, to_json
+from fluidscale.valid import run_spec_from_json
 
 
 def test_a_spec_survives_its_file(tiny_spec):

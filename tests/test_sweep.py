@@ -109,8 +109,8 @@ def test_the_rate_falls_with_width_where_a_width_is_named_for_it(tmp_path):
         (GOOD + "seeds: {80K: [0]}\n", r"seeds: no list for size 50K; it has: 80K"),
         (GOOD + "seeds: 3\n", r"seeds: expected a list of numbers, or one for each size, got 3"),
         (GOOD + "vary: {train.lrs: [1]}\n", r"unknown key 'lrs'; did you mean 'lr'"),
-        (GOOD + "defaults: {model: {num_heads: 3}, train: {lr: -1}}\n", r"lr .*must be positive"),
-        (GOOD + "defaults: {train: {lr_vectors: 0}}\n", r"lr_vectors, where given.*must be positive"),
+        (GOOD + "defaults: {model: {num_heads: 3}, train: {lr: -1}}\n", r"train: lr: expected above 0, got -1"),
+        (GOOD + "defaults: {train: {lr_vectors: 0}}\n", r"train: lr_vectors: expected above 0, got 0"),
         ("sizes: [50K]\nimages: [1000]\n", r"1000 is not a multiple of the batch 64"),
         ("sizes: [50K]\nimages: [128]\n", r"2 steps cannot hold 60 of warm-up"),
         (GOOD + "defaults: {data: {world: icons33}}\n", r"unknown key 'icons33'; did you mean 'icons32'"),
@@ -124,16 +124,73 @@ def test_the_rate_falls_with_width_where_a_width_is_named_for_it(tmp_path):
         (GOOD + "by_order: {random: {model: {mask_law: none}}}\n", r"mask_law 'none' is not for random"),
         (GOOD + "by_token_kind: {discrete: {tokenizer: icons32-vae}}\n", r"cannot use the continuous tokenizer"),
         (OBJECTIVE.format("v"), r"solver 'euler' does not draw this head's tokens; choose from ddim, dpmpp_2m"),
-        (OBJECTIVE.format("x"), r"model.head.objective 'x': choose from eps, v, flow"),
+        (OBJECTIVE.format("x"), r"model: head: objective: unknown 'x'; .*known: eps, v, flow"),
         (GOOD + "defaults: {evaluate: {sampling: {solver: euler}}}\n", r"solver 'euler' .*choose from none"),
         ("sizes: [50K\n", "not readable as YAML"),
         ("arms: [discrete]\nsizes: [50K]\nimages: [8192]\n", "arms: unknown key 'discrete'"),
+        ("sizes: [50K]\nimages: [80K]\n", r"images\[0\]: expected a whole number, got '80K'"),
+        ("sizes: [50K]\nimages: [8192, 8192.7]\n", r"images\[1\]: expected a whole number, got 8192.7"),
+        ("sizes: [50K]\nimages: [-64]\n", r"images\[0\]: expected at least 1, got -64"),
+        ("sizes: [50K]\nimages: 4096\n", r"images: expected a list, got 4096"),
+        ("sizes: [50K]\nimages: null\n", r"images: expected a list, got None"),
+        ("sizes: [50K]\n", r"no runs; .*`images` must each list at least one value"),
+        (GOOD + "seeds: [a]\n", r"seeds\[0\]: expected a whole number, got 'a'"),
+        (GOOD + "seeds: [1.5]\n", r"seeds\[0\]: expected a whole number, got 1.5"),
+        (GOOD + "seeds: {50k: [0], 50K: [0]}\n", r"seeds: unknown key '50k'; did you mean '50K'"),
+        (GOOD + "defaults: 3\n", r"defaults: expected keys and values, got 3"),
+        (GOOD + "defaults: {trian: {lr: 1}}\n", r"defaults: unknown key 'trian'; did you mean 'train'"),
+        (GOOD + "defaults: {model: 3}\n", r"defaults: model: expected keys and values, got 3"),
+        (GOOD + "defaults: {train: 3}\n", r"defaults: train: expected keys and values, got 3"),
+        (GOOD + "defaults: {data: 3}\n", r"defaults: data: expected keys and values, got 3"),
+        (GOOD + "defaults: {evaluate: [1]}\n", r"defaults: evaluate: expected keys and values, got \[1\]"),
+        (GOOD + "defaults: {evaluate: {sampling: 3}}\n", r"evaluate: sampling: expected keys and values, got 3"),
+        (GOOD + "defaults: {evaluate: {judges: [foo]}}\n", r"evaluate: judges: it follows from the section `judges`"),
+        (GOOD + "defaults: {train: {batch: 0}}\n", r"train: batch: expected at least 1, got 0"),
+        (GOOD + "defaults: {train: {lr: fast}}\n", r"train: lr: expected a number, got 'fast'"),
+        (GOOD + "defaults: {train: {lr: .nan}}\n", r"train: lr: expected a number, got nan"),
+        (GOOD + "defaults: {train: {lr_width: 0}}\n", r"train: lr_width: expected above 0, got 0"),
+        (GOOD + "defaults: {train: {lr_vectors: fast}}\n", r"train: lr_vectors: expected a number, got 'fast'"),
+        (GOOD + "defaults: {train: {decay_fraction: 2}}\n", r"train: decay_fraction: .*at most 1, got 2"),
+        (GOOD + "defaults: {train: {decay_head: 'no'}}\n", r"train: decay_head: expected true or false, got 'no'"),
+        (GOOD + "defaults: {train: {3: 4}}\n", r"train: unknown key '?3"),
+        (GOOD + "defaults: {data: {world: 3}}\n", r"data: world: expected keys and values, got 3"),
+        (GOOD + "vary: {model.num_heads: [0]}\n", r"model: num_heads: expected at least 1, got 0"),
+        (GOOD + "vary: {model.width: [wide]}\n", r"model: width: expected a whole number, got 'wide'"),
+        (GOOD + "vary: {model.encoder_depth: [99]}\n", r"encoder_depth 99 leaves no block for the decoder"),
+        (GOOD + "vary: {evaluate.sampling.num_inference_steps: [64]}\n", r"num_inference_steps must be 1 to 16"),
+        (GOOD + "vary: {train: [1]}\n", r"train: expected keys and values, got 1"),
+        (GOOD + "vary: {train.lr: [1], train: [{}]}\n", r"vary: train.lr is a part of train"),
+        (GOOD + "vary: [a]\n", r"vary: expected keys and values, got \['a'\]"),
+        (GOOD + "only: [50K]\n", r"only: expected keys and values, got \['50K'\]"),
+        (GOOD + "only: {50k: [discrete-random]}\n", r"only: unknown key '50k'; did you mean '50K'"),
+        (GOOD + "judges: [clip]\n", r"judges: expected keys and values, got \['clip'\]"),
+        (GOOD + "by_size: {50K: 3}\n", r"by_size: 50K: expected keys and values, got 3"),
+        (GOOD + "smaller_images: 3\n", r"smaller_images: expected keys and values, got 3"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_line(tmp_path, body, message):
     with pytest.raises(InvalidInput, match=message) as caught:
         load_sweep(write(tmp_path, body))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("extends", "message"),
+    [("mine", r"mine.yaml: extends: it comes back to .*mine.yaml"), ("[recipe]", r"extends: expected a text"),
+     ("nothing", r"nothing.yaml: no such file")],
+)  # fmt: skip
+def test_a_sweep_that_extends_nothing_that_is_there_is_refused(tmp_path, extends, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"extends: {extends}\n{GOOD}")
+    with pytest.raises(InvalidInput, match=message) as caught:
+        load_sweep(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sweep_without_sections_says_what_it_lacks(tmp_path):
+    (tmp_path / "bare.yaml").write_text(GOOD + "defaults: {tokenizer: icons32-vq}\n")
+    with pytest.raises(InvalidInput, match="model: missing text_vocab_size"):
+        load_sweep(str(tmp_path / "bare.yaml"))
 
 
 def test_a_width_that_heads_do_not_divide_is_refused(tmp_path):

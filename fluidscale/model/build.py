@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fluidscale.model.diffusion import OBJECTIVES, Noise
+from fluidscale.model.diffusion import Noise
 from fluidscale.model.head import HEADS
 from fluidscale.model.order import ORDERS, View
 from fluidscale.model.transformer import Cache, Text, TextEncoder, Trunk
-from fluidscale.spec import POSITIONS, InvalidInput, ModelSpec
+from fluidscale.spec import ModelSpec
+from fluidscale.valid import check_model
 
 
 class FluidModel(nn.Module):
@@ -92,38 +93,12 @@ def _scattered(scores: Tensor, rows: Tensor, view: View) -> Tensor:
     return blank.index_copy(0, rows, scores).view(view.counted.shape)
 
 
-def check(spec: ModelSpec) -> None:
-    """Raises InvalidInput for a spec that no model can be built from."""
-    if spec.token_kind not in HEADS:
-        raise InvalidInput(f"unknown token_kind {spec.token_kind!r}; known: {', '.join(HEADS)}")
-    if spec.order not in ORDERS:
-        raise InvalidInput(f"unknown order {spec.order!r}; known: {', '.join(ORDERS)}")
-    if spec.position not in POSITIONS:
-        raise InvalidInput(f"unknown position {spec.position!r}; known: {', '.join(POSITIONS)}")
-    if spec.order == "raster" and (spec.encoder_depth or spec.buffer_tokens):
-        raise InvalidInput("encoder_depth and buffer_tokens are of random order: raster order has no mask tokens")
-    if not 0 <= spec.encoder_depth < spec.depth or spec.buffer_tokens < 0:
-        raise InvalidInput(
-            f"encoder_depth {spec.encoder_depth}, buffer_tokens {spec.buffer_tokens}: at least 0, and a block of "
-            f"depth {spec.depth} must be left for the decoder"
-        )
-    head_dim, rest = divmod(spec.width, spec.num_heads)
-    if rest:
-        raise InvalidInput(f"width {spec.width} is not divisible by num_heads {spec.num_heads}")
-    if spec.position != "input" and head_dim % 4:
-        raise InvalidInput(f"2-D rotary positions need a head dimension divisible by 4, got {head_dim}")
-    if spec.token_kind == "discrete" and (spec.head is not None or spec.vocab_size < 2):
-        raise InvalidInput("discrete tokens need vocab_size >= 2 and no diffusion head")
-    if spec.token_kind == "continuous":
-        if spec.head is None or spec.token_channels < 1:
-            raise InvalidInput("continuous tokens need token_channels >= 1 and a diffusion head")
-        if spec.head.objective not in OBJECTIVES:
-            raise InvalidInput(f"unknown objective {spec.head.objective!r}; known: {', '.join(OBJECTIVES)}")
-
-
 def build(spec: ModelSpec) -> FluidModel:
-    """A model with fresh weights from torch's global generator, on the current default device (`meta` included)."""
-    check(spec)
+    """A model with fresh weights from torch's global generator, on the current default device (`meta` included).
+
+    Raises InvalidInput for a spec that no model can be built from.
+    """
+    check_model(spec)
     return FluidModel(spec)
 
 

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from fluidscale.model.draws import normal
+from fluidscale.spec import TIME_STEPS
 
-# MAR: cosine schedule over 1000 steps; all networks see time in these units.
-TIME_STEPS = 1000
 # Distinct noise levels in one training batch of a continuous-time objective. Each token's level still follows the
 # law exactly; sharing levels saves most time embeddings, which are half of a small head's work.
 LEVELS = 256

@@ -16,7 +16,8 @@ from fluidscale.model.diffusion import OBJECTIVES, Noise, likelihood_bound
 from fluidscale.model.draws import ImageDraws
 from fluidscale.model.solvers import Solver, StepNetwork, make_solver
 from fluidscale.model.transformer import EMBED_STD, linear, zero_
-from fluidscale.spec import InvalidInput, ModelSpec, SamplingSpec
+from fluidscale.spec import ModelSpec, SamplingSpec
+from fluidscale.valid import check_sampling
 
 # Draws a token takes in the likelihood bound; more buy little, since a validation set has thousands of tokens.
 BOUND_DRAWS = 4
@@ -96,9 +97,8 @@ class SoftmaxHead(nn.Module):
         return self.losses(z, tokens, None)
 
     def sampler(self, sampling: SamplingSpec) -> Sampler:
-        if sampling.solver != "none" or sampling.final_denoising_steps:
-            raise InvalidInput(f"codes are drawn without a solver: solver must be none, got {sampling.solver!r}")
-        temperature = _temperature(sampling)
+        check_sampling(sampling, None)
+        temperature = sampling.temperature
 
         def sample(
             z: Tensor, z_uncond: Tensor | None, guidance: Guidance, draws: ImageDraws, known: float = 0.0
@@ -147,17 +147,14 @@ class DiffusionHead(nn.Module):
         return likelihood_bound(self.objective, partial(self.denoiser, z=z), tokens, BOUND_DRAWS, rng)
 
     def sampler(self, sampling: SamplingSpec) -> Sampler:
-        temperature = _temperature(sampling)
+        check_sampling(sampling, self.objective.name)
+        temperature = sampling.temperature
         most, fewest = sampling.num_denoising_steps, sampling.final_denoising_steps or sampling.num_denoising_steps
 
         @functools.cache
         def scheduled(steps: int) -> tuple[Solver, Tensor]:
             solver = make_solver(sampling.solver, self.objective, steps)
             return solver, self.denoiser.embed_time(solver.times.float().to(self.inward.weight.device))
-
-        # Settings that do not fit are refused before the first token is drawn.
-        for steps in (most, fewest):
-            scheduled(steps)
 
         def sample(
             z: Tensor, z_uncond: Tensor | None, guidance: Guidance, draws: ImageDraws, known: float = 0.0
@@ -190,12 +187,6 @@ class DiffusionHead(nn.Module):
             return torch.cat([guided, rest], dim=-1) if rest.shape[1] else guided
 
         return network
-
-
-def _temperature(sampling: SamplingSpec) -> float:
-    if not sampling.temperature >= 0:
-        raise InvalidInput(f"temperature must be at least 0, got {sampling.temperature}")
-    return sampling.temperature
 
 
 # One entry a head, by ModelSpec.token_kind.

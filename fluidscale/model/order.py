@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fluidscale.spec import InvalidInput
+from fluidscale.valid import check_inference_steps
 
 START = -1  # a slot that reads this reads the learned start vector
 MASK = -2  # a slot that reads this reads the learned mask vector
@@ -143,8 +144,7 @@ def group_sizes(length: int, num_steps: int) -> list[int]:
 
     Source: MAR's sampling code (arXiv 2406.11838), after MaskGIT. Raises InvalidInput unless 1 <= num_steps <= length.
     """
-    if not 1 <= num_steps <= length:
-        raise InvalidInput(f"num_inference_steps must be 1 to {length} (the number of tokens), got {num_steps}")
+    check_inference_steps(num_steps, length)
     sizes, masked = [], length
     for step in range(num_steps):
         left = math.floor(length * math.cos(math.pi / 2 * (step + 1) / num_steps)) if step + 1 < num_steps else 0

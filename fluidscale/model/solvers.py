@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluidscale.model.diffusion import TIME_STEPS, Epsilon, Level, Objective, cosine_betas, posterior
-from fluidscale.spec import SOLVERS, InvalidInput
+from fluidscale.model.diffusion import Epsilon, Level, Objective, cosine_betas, posterior
+from fluidscale.spec import TIME_STEPS
+from fluidscale.valid import check_solver
 
 # Even log-SNR steps end here: all but .25 % of a unit-variance token is known, and its prediction stands for it.
 LOG_SNR_STOP = 6.0
@@ -45,11 +46,7 @@ class Solver:
 
 def make_solver(name: str, objective: Objective, num_steps: int) -> Solver:
     """Raises InvalidInput for a solver that does not exist or does not fit the objective, or fewer than one step."""
-    fitting = SOLVERS[objective.name]
-    if name not in fitting:
-        raise InvalidInput(f"solver {name!r} does not fit this head's objective; choose from {', '.join(fitting)}")
-    if num_steps < 1 or (name.startswith("ddpm") and num_steps > TIME_STEPS):
-        raise InvalidInput(f"num_denoising_steps must be at least 1 (ddpm: at most {TIME_STEPS}), got {num_steps}")
+    check_solver(name, objective.name, num_steps)
     return _BUILDERS[name](objective, num_steps)
 
 

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 
 from fluidscale.data.sources import Rows
 from fluidscale.folder import RunFolder, trunk_checkpoint, trunk_folder
+from fluidscale.limits import InvalidInput, checked
 from fluidscale.model.build import FluidModel, build
 from fluidscale.model.deferred import Fill, build_without_values
 from fluidscale.record import Placement, atomic, write_json
-from fluidscale.spec import InvalidInput, RunSpec
+from fluidscale.spec import RunSpec
 from fluidscale.train.batches import Batches, share_of
 from fluidscale.train.callbacks import Checkpoints, Monitor, OwnSignal
 from fluidscale.train.checkpoint import NEWEST, PREVIOUS, AtomicCheckpointIO, newest_loadable, remove
@@ -28,7 +29,6 @@ from fluidscale.train.ranks import Ranks
 from fluidscale.train.sharding import Sharded, whole
 
 log = logging.getLogger(__name__)
-STRATEGIES = ("single", "ddp", "fsdp")
 
 
 def fit(
@@ -88,9 +88,7 @@ def _model(spec: RunSpec, placement: Placement, fresh: bool) -> tuple[FluidModel
 
 def check(placement: Placement) -> None:
     """Raises InvalidInput for a placement that names no way to train."""
-    if placement.strategy not in STRATEGIES:
-        known = ", ".join(STRATEGIES)
-        raise InvalidInput(f"placement: unknown strategy {placement.strategy!r}; known: {known}")
+    checked(placement, "placement")
     if placement.strategy == "single" and placement.processes > 1:
         raise InvalidInput(
             f"placement: {placement.nodes} node(s) x {placement.devices} devices need strategy ddp or fsdp"

@@ -26,7 +26,8 @@ from mlflow.tracking import MlflowClient
 
 from fluidscale.folder import RunFolder
 from fluidscale.record import flatten, read_json, write_json
-from fluidscale.spec import InvalidInput, RunSpec, canonical, run_spec_from_json
+from fluidscale.spec import InvalidInput, RunSpec, canonical
+from fluidscale.valid import run_spec_from_json
 
 log = logging.getLogger(__name__)
 _BATCH = 1000  # MLflow's limit of metrics a request; requests are what is slow, not metrics

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fluidscale.spec import InvalidInput, WorldSpec, digest
+from fluidscale.limits import InvalidInput, checked
+from fluidscale.spec import WorldSpec, digest
+from fluidscale.valid import check_world
 from fluidscale.world.backgrounds import BACKGROUNDS, fitting
 from fluidscale.world.captions import RELATIONS, TAGS, TEXT_LENGTH, Content, Vocabulary, metadata
 from fluidscale.world.classes import CLASSES, COLORS
@@ -173,16 +175,9 @@ def _rng(spec: WorldSpec, use: str) -> np.random.Generator:
 
 def _check(spec: WorldSpec) -> None:
     """Raises InvalidInput on settings that no world can have."""
+    check_world(checked(spec, "world"), "world")
     for what, names, known in (("classes", spec.classes, CLASSES), ("colors", spec.colors, tuple(COLORS))):
         if unknown := [name for name in names if name not in known]:
             raise InvalidInput(f"world: unknown {what} {unknown}; known: {', '.join(known)}")
         if len(set(names)) < max(len(names), 2):
             raise InvalidInput(f"world: {what} must be at least two, each named once, got {list(names)}")
-    if not 2 <= spec.max_objects <= 4:
-        raise InvalidInput(f"world: max_objects must be 2 to 4, got {spec.max_objects}")
-    if len(spec.icon_sizes) != spec.max_objects:
-        raise InvalidInput(f"world: icon_sizes must name {spec.max_objects} sizes, got {list(spec.icon_sizes)}")
-    if min(spec.icon_sizes) < 4 or spec.resolution < 8 or spec.position_step < 1:
-        raise InvalidInput("world: icon_sizes must be 4 px or more, resolution 8 or more, position_step 1 or more")
-    if not (0 <= spec.size_jitter < 1 and 0 <= spec.rotation_degrees <= 45 and 0 <= spec.holdout_fraction <= 0.5):
-        raise InvalidInput("world: size_jitter in [0, 1), rotation_degrees in [0, 45], holdout_fraction in [0, 0.5]")

@@ -16,7 +16,8 @@ from mlflow.tracking import MlflowClient
 
 from fluidscale.folder import RunFolder
 from fluidscale.record import flatten, read_json
-from fluidscale.spec import canonical, run_spec_from_json
+from fluidscale.spec import canonical
+from fluidscale.valid import run_spec_from_json
 from slurm.mirror import Mirror
 
 pytestmark = pytest.mark.cluster
