@@ -12,13 +12,14 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from fluidscale.limits import Amount, AtLeastOne, Count, InvalidInput, OneOf, Positive, from_dict, mapping, unknown_key
 from fluidscale.machine import available_cores, available_memory_gb
 from fluidscale.published import judge_assets
-from fluidscale.record import Placement
-from fluidscale.spec import InvalidInput, RunSpec, from_dict, unknown_key
-from fluidscale.sweep import read_yaml
+from fluidscale.record import DEVICES, Placement, Precision, Strategy
+from fluidscale.spec import RunSpec
+from fluidscale.sweep import ladder, read_yaml
 
 # How a run ends that goes on by itself; `slurm/attempts.py` counts them apart.
 RETRIED = ("preemption", "time_limit", "requeue", "node_failure")
@@ -34,32 +35,32 @@ class Profile:
     """One row of resources.yaml: a kind of worker and what it is expected to reach."""
 
     name: str
-    cluster: str
-    device: str
-    threads: int
-    precision: str
-    peak_tflops: float
-    sustained_tflops: float
-    layer_seconds: float
-    run_seconds: float
-    checkpoint_minutes: float
-    memory_gb: float = 0.0
-    runs_per_device: int = 1
-    strategy: str = "single"
-    nodes: int = 1
-    devices: int = 1
-    micro_batch: int = 0
+    cluster: Annotated[str, OneOf(("local", "slurm"))]
+    device: Annotated[str, OneOf(DEVICES)]
+    threads: AtLeastOne
+    precision: Precision
+    peak_tflops: Positive
+    sustained_tflops: Positive
+    layer_seconds: Amount
+    run_seconds: Amount
+    checkpoint_minutes: Amount
+    memory_gb: Amount = 0.0
+    runs_per_device: AtLeastOne = 1
+    strategy: Strategy = "single"
+    nodes: AtLeastOne = 1
+    devices: AtLeastOne = 1
+    micro_batch: Count = 0
     recompute: bool = False
     partition: str = ""
     account: str = ""
     qos: str = ""
     constraint: str = ""
-    minutes: int = 1440
-    parallel: int = 64
-    trunks_per_task: int = 1
-    max_gpu_hours: float = 0.0
+    minutes: AtLeastOne = 1440
+    parallel: AtLeastOne = 64
+    trunks_per_task: AtLeastOne = 1
+    max_gpu_hours: Amount = 0.0
     # By cause, how often a run is started again; a cause that is not named has no bound.
-    restarts: dict[str, int] | None = None
+    restarts: dict[str, Count] | None = None
     # The keys that differ for jobs of their own that evaluate; None: evaluated where it was trained.
     evaluation: dict[str, Any] | None = None
     # Per size, the keys that differ for it.
@@ -102,32 +103,23 @@ def load_profile(name: str, resources: Path | None = None) -> Profile:
     """A row of resources.yaml, over which a file of the user's own is laid. Raises InvalidInput on unknown names."""
     rows, where = read_yaml(RESOURCES), str(resources or RESOURCES)
     for own, keys in (read_yaml(resources) if resources else {}).items():
-        if not isinstance(keys, dict):
-            raise InvalidInput(f"{where}: {own}: expected the keys of a profile, as in {RESOURCES}")
-        rows[own] = {**rows.get(own, {}), **keys}
+        rows[own] = {**rows.get(own, {}), **mapping(keys, f"{where}: {own}")}
     if name not in rows:
         raise InvalidInput(unknown_key(name, rows, f"--profile: {where}"))
     profile = from_dict(Profile, {"name": name, **rows[name]}, f"{where}: {name}")
     _check(profile, f"{where}: {name}")
-    for size, keys in (profile.sizes or {}).items():
-        if not isinstance(keys, dict):
-            raise InvalidInput(f"{where}: {name}: sizes: {size}: expected the keys that differ for this size")
+    for size in profile.sizes or {}:
+        if size not in (known := ladder()):
+            raise InvalidInput(unknown_key(size, known, f"{where}: {name}: sizes"))
         _check(profile.of(size), f"{where}: {name}: sizes: {size}")
     return profile
 
 
 def _check(profile: Profile, where: str) -> None:
     """Raises InvalidInput when a nested key is unknown or of a wrong kind."""
-    for key, value in (("restarts", profile.restarts), ("evaluation", profile.evaluation)):
-        if value is not None and not isinstance(value, dict):
-            raise InvalidInput(f"{where}: {key}: expected keys and values, got {value!r}")
-    for cause, times in (profile.restarts or {}).items():
+    for cause in profile.restarts or {}:
         if cause not in RETRIED:
             raise InvalidInput(unknown_key(cause, RETRIED, f"{where}: restarts"))
-        if not isinstance(times, int) or times < 0:
-            raise InvalidInput(f"{where}: restarts: {cause}: expected a count, got {times!r}")
-    if profile.runs_per_device < 1:
-        raise InvalidInput(f"{where}: runs_per_device: expected at least 1, got {profile.runs_per_device}")
     _ = profile.evaluating
 
 

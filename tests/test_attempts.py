@@ -256,7 +256,7 @@ def test_a_script_is_refused_a_sweep_over_its_budget_before_anything_is_written(
     ("line", "message"),
     [
         ("restarts: {preemptions: 3}", "did you mean 'preemption'"),
-        ("restarts: {preemption: -1}", "expected a count"),
+        ("restarts: {preemption: -1}", "restarts: preemption: expected at least 0"),
         ("restarts: 5", "expected keys and values"),
         ("evaluation: {minuets: 5}", "did you mean 'minutes'"),
         ("sizes: {50K: {restarts: {nodes: 1}}}", "sizes: 50K: restarts"),

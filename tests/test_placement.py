@@ -11,7 +11,7 @@ from cheap_job import plan_of, write_sweep
 from fluidscale.machine import available_cores, available_memory_gb
 from fluidscale.spec import InvalidInput
 from fluidscale.sweep import load_sweep, read_yaml
-from slurm import cost, placement, plan
+from slurm import cost, launch, placement, plan
 from slurm.placement import RESOURCES, Machine, choose, load_profile
 
 
@@ -42,7 +42,7 @@ def test_every_profile_loads_and_an_unknown_one_names_the_nearest():
 def test_profiles_of_ones_own_are_laid_over_the_shipped_ones(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("cpu: {checkpoint_minutes: 0.5}\nmine: {cluster: local, device: cpu}\nbad: 3\n")
-    with pytest.raises(InvalidInput, match="bad: expected the keys"):
+    with pytest.raises(InvalidInput, match="bad: expected keys and values"):
         load_profile("cpu", own)
     own.write_text("cpu: {checkpoint_minutes: 0.5}\nmine: {cluster: local, device: cpu}\n")
     profile = load_profile("cpu", own)
@@ -90,6 +90,37 @@ def test_no_run_at_all_on_a_device_is_refused(driver, tmp_path):
     (tmp_path / "own.yaml").write_text("cuda: {runs_per_device: 0}\n")
     with pytest.raises(InvalidInput, match=r"cuda: runs_per_device: expected at least 1, got 0"):
         choose("local", None, tmp_path / "own.yaml")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("threads: 0", r"cpu: threads: expected at least 1, got 0"),
+        ("peak_tflops: 0", r"cpu: peak_tflops: expected above 0, got 0"),
+        ("sustained_tflops: 0", r"cpu: sustained_tflops: expected above 0, got 0"),
+        ("layer_seconds: -1", r"cpu: layer_seconds: expected at least 0, got -1"),
+        ("checkpoint_minutes: soon", r"cpu: checkpoint_minutes: expected a number, got 'soon'"),
+        ("micro_batch: -1", r"cpu: micro_batch: expected at least 0, got -1"),
+        ("minutes: 0", r"cpu: minutes: expected at least 1, got 0"),
+        ("recompute: 'no'", r"cpu: recompute: expected true or false, got 'no'"),
+        ("device: gpu", r"cpu: device: unknown 'gpu'; .*known: cpu, cuda, mps"),
+        ("precision: bf17", r"cpu: precision: unknown 'bf17'; did you mean 'bf16-mixed'"),
+        ("cluster: Slurm", r"cpu: cluster: unknown 'Slurm'; did you mean 'slurm'"),
+        ("strategy: zero", r"cpu: strategy: unknown 'zero'; .*known: single, ddp, fsdp"),
+        ("sizes: {50k: {threads: 2}}", r"cpu: sizes: unknown key '50k'; did you mean '50K'"),
+        ("sizes: {50K: 3}", r"cpu: sizes: 50K: expected keys and values, got 3"),
+        ("sizes: {50K: {threads: 0}}", r"cpu: sizes: 50K: threads: expected at least 1, got 0"),
+        ("evaluation: {threads: 0}", r"cpu: evaluation: threads: expected at least 1, got 0"),
+        ("3: 4", r"cpu: unknown key '3'"),
+    ],
+)
+def test_a_row_that_no_worker_can_have_is_one_clear_line(tmp_path, capsys, row, message):
+    own = tmp_path / "own.yaml"
+    own.write_text(f"cpu: {{{row}}}\n")
+    with pytest.raises(InvalidInput, match=message):
+        load_profile("cpu", own)
+    assert launch.main(["plan", str(write_sweep(tmp_path)), "--profile", "cpu", "--resources", str(own)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_driver_that_does_not_answer_is_no_gpu(driver):
