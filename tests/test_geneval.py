@@ -70,6 +70,23 @@ def test_a_reason_says_what_was_found():
             "unknown relation 'near'",
         ),
         ({"exclude": [{"class": "cat", "count": 2, "color": "red"}]}, "unknown key 'color'"),
+        ({"tag": ["colors"]}, "unknown tag"),
+        ({"prompt": ["a red cat"]}, "needs a text under 'prompt'"),
+        ({"include": "cat"}, "include: expected a list of clauses, got 'cat'"),
+        ({"include": ["cat"]}, r"include\[0\]: expected keys and values, got 'cat'"),
+        ({"exclude": None}, "exclude: expected a list of clauses, got None"),
+        ({"include": [{"class": ["cat"], "count": 1}]}, r"include\[0\]: the detector does not know \['cat'\]"),
+        ({"include": [{"class": "cat", "count": True}]}, "whole number from 1, got True"),
+        ({"include": [{"class": "cat", "count": 1, "color": ["red"]}]}, "unknown color"),
+        *(
+            ({"include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": position}]}, message)
+            for position, message in (
+                (["left of"], r"include\[1\]: position must be \[relation, number of an earlier clause\]"),
+                (3, r"include\[1\]: position must be \[relation, number of an earlier clause\], got 3"),
+                ([["left of"], 0], "unknown relation"),
+                (["left of", "0"], "an earlier clause, got '0'"),
+            )
+        ),
     ],
 )
 def test_a_prompt_that_cannot_be_judged_is_refused(change, message):

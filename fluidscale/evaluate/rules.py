@@ -14,7 +14,7 @@ from operator import attrgetter
 from typing import Any
 
 from fluidscale.evaluate.protocol import Detection
-from fluidscale.spec import InvalidInput
+from fluidscale.limits import InvalidInput, mapping
 from fluidscale.world.captions import RELATIONS, TAGS
 
 # evaluate_images.py: THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS, POSITION_THRESHOLD (its NMS_THRESHOLD is 1.0: none).
@@ -90,12 +90,16 @@ def check_prompts(prompts: Sequence[Mapping[str, Any]], classes: Collection[str]
     """Refuses, before anything is drawn, a prompt that could never be judged. Raises InvalidInput naming its line."""
     for line, prompt in enumerate(prompts, start=1):
         where = f"prompt {line} ({prompt.get('prompt', '')!r})"
-        if prompt.get("tag") not in TAGS:
+        if not _is_one_of(prompt.get("tag"), TAGS):
             raise InvalidInput(f"{where}: unknown tag {prompt.get('tag')!r}; known: {', '.join(TAGS)}")
-        if not prompt.get("prompt") or not prompt.get("include"):
+        text = prompt.get("prompt")
+        if not isinstance(text, str) or not text or not prompt.get("include"):
             raise InvalidInput(f"{where}: needs a text under 'prompt' and at least one clause under 'include'")
         for kind, keys in _CLAUSE_KEYS.items():
-            for index, clause in enumerate(prompt.get(kind, [])):
+            clauses = prompt.get(kind, [])
+            if not isinstance(clauses, list):
+                raise InvalidInput(f"{where}: {kind}: expected a list of clauses, got {clauses!r}")
+            for index, clause in enumerate(clauses):
                 _check_clause(clause, index, keys, classes, colors, f"{where}: {kind}[{index}]")
 
 
@@ -127,25 +131,33 @@ def _fails(
 
 
 def _check_clause(
-    clause: Mapping[str, Any],
+    clause: Any,
     index: int,
     keys: set[str],
     classes: Collection[str],
     colors: Collection[str],
     where: str,
 ) -> None:
-    unknown = set(clause) - keys
+    unknown = set(mapping(clause, where)) - keys
     if unknown:
         raise InvalidInput(f"{where}: unknown key {sorted(unknown)[0]!r}; known: {', '.join(sorted(keys))}")
-    if clause.get("class") not in classes:
+    if not _is_one_of(clause.get("class"), classes):
         raise InvalidInput(f"{where}: the detector does not know {clause.get('class')!r}")
-    if not isinstance(clause.get("count"), int) or clause["count"] < 1:
+    if type(clause.get("count")) is not int or clause["count"] < 1:
         raise InvalidInput(f"{where}: count must be a whole number from 1, got {clause.get('count')!r}")
-    if "color" in clause and clause["color"] not in colors:
+    if "color" in clause and not _is_one_of(clause["color"], colors):
         raise InvalidInput(f"{where}: unknown color {clause['color']!r}; known: {', '.join(colors)}")
     if "position" in clause:
-        wanted, target = clause["position"]
-        if wanted not in RELATIONS:
+        position = clause["position"]
+        if not isinstance(position, list) or len(position) != 2:
+            raise InvalidInput(f"{where}: position must be [relation, number of an earlier clause], got {position!r}")
+        wanted, target = position
+        if not _is_one_of(wanted, RELATIONS):
             raise InvalidInput(f"{where}: unknown relation {wanted!r}; known: {', '.join(RELATIONS)}")
-        if not 0 <= target < index:
-            raise InvalidInput(f"{where}: the target of a relation is an earlier clause, got {target}")
+        if type(target) is not int or not 0 <= target < index:
+            raise InvalidInput(f"{where}: the target of a relation is an earlier clause, got {target!r}")
+
+
+def _is_one_of(value: Any, names: Collection[str]) -> bool:
+    # A list of names is not one of them, and cannot be looked up in a set.
+    return isinstance(value, str) and value in names
