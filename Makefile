@@ -57,8 +57,8 @@ plan: $(BASE)  ## what SWEEP would run and what it would cost; spends nothing
 status: $(BASE)  ## one table of all runs of SWEEP
 	@$(LAUNCH) status $(SWEEP) $(CHOICE) $(if $(WATCH),--watch)
 
-cancel: $(TRAIN)  ## stop SWEEP on this machine; what it reached is kept
-	@$(LAUNCH) cancel $(SWEEP) --runs $(RUNS)
+cancel: $(TRAIN)  ## stop all of SWEEP, here and in SLURM's queue; what it reached is kept
+	@$(LAUNCH) cancel $(SWEEP) $(CHOICE)
 
 collect: $(BASE)  ## finished runs of SWEEP to RESULTS/SWEEP/runs.csv
 	@$(LAUNCH) collect $(SWEEP) $(CHOICE)

@@ -9,14 +9,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fluidscale.record import now
+
 # Asking whether a claim is held takes a shared lock for some microseconds; whoever claims in that instant tries again.
 _TRIES, _PAUSE = 8, 0.02
+
+
+def facts_of_this_process(**more: Any) -> dict[str, Any]:
+    """What a lock file says of its holder, and `more`."""
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), **more}
 
 
 @dataclass(frozen=True)

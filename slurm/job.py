@@ -6,7 +6,6 @@ of several launches, share the work without speaking to each other. Whoever dies
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 import traceback
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fluidscale.folder import RunFolder
-from fluidscale.record import Placement, is_full, now, read_json, write_json
+from fluidscale.record import Placement, is_full, read_json, write_json
 from fluidscale.spec import InvalidInput, RunSpec, from_dict
 from fluidscale.valid import read_run_spec
 from slurm import attempts, claim, layout
@@ -116,7 +115,7 @@ def work(queue_path: str, slot_number: int, execute: Execute = execute) -> None:
     """Takes trunks until none is left that is unfinished and unclaimed; returns at once when the slot is taken."""
     stop = StopSignal()
     queue = load_queue(Path(queue_path))
-    facts = {"pid": os.getpid(), "launch": queue.launch_id, "sweep": queue.sweep, "since": now()}
+    facts = claim.facts_of_this_process(launch=queue.launch_id, sweep=queue.sweep)
     slot = claim.take(layout.slot(Path(queue.runs_dir), slot_number), facts)
     if slot is None:
         return
@@ -181,8 +180,8 @@ class Worker:
         run_dirs = [Path(self.queue.runs_dir) / run_id for run_id in self.queue.trunks[trunk_id]]
         if all(is_over(RunFolder(run_dir), self.stage) for run_dir in run_dirs):
             return False
-        facts = {"pid": os.getpid(), "launch": self.queue.launch_id, "sweep": self.queue.sweep, "since": now()}
-        facts["trunk"] = trunk_id
+        launch_id, sweep = self.queue.launch_id, self.queue.sweep
+        facts = claim.facts_of_this_process(launch=launch_id, sweep=sweep, trunk=trunk_id)
         held = claim.take(layout.trunk_claim(Path(self.queue.runs_dir), trunk_id, self.stage), facts)
         if held is None:
             return False

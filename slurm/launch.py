@@ -4,7 +4,7 @@
     python -m slurm.launch submit local --size 50K,80K        train, evaluate, collect and fit what is missing of it
     python -m slurm.launch submit local --cluster slurm       the same on a SLURM cluster: submits and returns
     python -m slurm.launch status local --watch               one table of all runs
-    python -m slurm.launch cancel local                       stop its workers; what they reached is kept
+    python -m slurm.launch cancel local                       stop all of it, here and in SLURM's queue
     python -m slurm.launch collect local                      finished runs to results/local/runs.csv
 
 A sweep is a name (sweeps/NAME.yaml) or a path. Ctrl-C stops cleanly and the same command continues; so does a launch
@@ -149,12 +149,20 @@ def _status(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _cancel(arguments: argparse.Namespace, console: Console) -> int:
-    from slurm.local import cancel
+    from slurm.local import cancel, elsewhere
 
+    if (arguments.size, arguments.arm) != ("all", "all"):
+        raise InvalidInput("cancel stops a whole sweep; it takes no --size and no --arm (make: SIZE, ARM)")
     name = load_sweep(arguments.sweep).name
     stopped = cancel(arguments.runs, name) + scheduler.cancel(arguments.runs, name)
-    console.print(f"{name}: {stopped} processes and tasks stopped" if stopped else f"{name}: nothing of it was running")
-    return 0
+    left = elsewhere(arguments.runs, name)
+    if stopped:
+        console.print(f"{name}: {stopped} processes and tasks stopped")
+    elif not left:
+        console.print(f"{name}: nothing of it was running")
+    for host, holders in left.items():
+        print(f"{name}: still at work on {host}: {', '.join(holders)}; say the same there", file=sys.stderr)
+    return 1 if left else 0
 
 
 def _collect(arguments: argparse.Namespace, console: Console) -> int:
@@ -221,7 +229,7 @@ def _train(
     from slurm.job import work_here
 
     launch_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
-    held = claim.take(layout.launch(runs_dir, launch_id), local.launch_facts(planned.sweep.name))
+    held = claim.take(layout.launch(runs_dir, launch_id), claim.facts_of_this_process(sweep=planned.sweep.name))
     assert held is not None
     try:
         queue = local.prepare(planned, runs_dir, launch_id, arguments.retry_failed, hours, others)

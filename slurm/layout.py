@@ -21,9 +21,10 @@ def slot(runs_dir: Path, number: int) -> Path:
     return scheduler_dir(runs_dir) / "slots" / f"{socket.gethostname()}-{number}.lock"
 
 
-def slots(runs_dir: Path) -> list[Path]:
-    """All slots that were ever used on this machine."""
-    return sorted((scheduler_dir(runs_dir) / "slots").glob(f"{socket.gethostname()}-*.lock"))
+def slots(runs_dir: Path, everywhere: bool = False) -> list[Path]:
+    """All slots that were ever used on this machine, or on all that share the runs."""
+    paths = sorted((scheduler_dir(runs_dir) / "slots").glob("*.lock"))
+    return [path for path in paths if everywhere or path.stem.rpartition("-")[0] == socket.gethostname()]
 
 
 def launch(runs_dir: Path, launch_id: str) -> Path:
@@ -32,6 +33,7 @@ def launch(runs_dir: Path, launch_id: str) -> Path:
 
 
 def launches(runs_dir: Path) -> list[Path]:
+    """Of all machines that share the runs."""
     return sorted((scheduler_dir(runs_dir) / "launches").glob("*.lock"))
 
 

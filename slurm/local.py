@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from submitit.local.local import LocalExecutor, LocalJob
 
 from fluidscale.folder import RunFolder
 from fluidscale.processes import deaf
-from fluidscale.record import now, read_json, write_atomic, write_json
+from fluidscale.record import read_json, write_atomic, write_json
 from fluidscale.spec import InvalidInput, to_json
 from fluidscale.valid import read_run_spec
 from slurm import claim, layout
@@ -234,22 +235,33 @@ def cancel(runs_dir: Path, sweep: str) -> int:
     """
     asked = 0
     for paths in (layout.launches(runs_dir), layout.slots(runs_dir)):
-        mine = [path for path in paths if (claim.holder(path) or {}).get("sweep") == sweep]
+        mine = [path for path in paths if _pid_here(path, sweep)]
         for number, patience in ((signal.SIGTERM, 3 * STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
             for path in mine:
-                facts = claim.holder(path)
-                if facts and facts.get("sweep") == sweep:
+                if pid := _pid_here(path, sweep):
                     asked += number == signal.SIGTERM
-                    send(facts["pid"], number)
+                    send(pid, number)
             deadline = time.monotonic() + patience
             while any(claim.is_held(path) for path in mine) and time.monotonic() < deadline:
                 time.sleep(0.1)
     return asked
 
 
-def launch_facts(sweep: str) -> dict[str, Any]:
-    """What a launcher's lock file says of it."""
-    return {"pid": os.getpid(), "sweep": sweep, "since": now()}
+def elsewhere(runs_dir: Path, sweep: str) -> dict[str, list[str]]:
+    """By machine, the launches and slots of a sweep that `cancel` does not reach from here."""
+    found: dict[str, list[str]] = {}
+    for path in (*layout.launches(runs_dir), *layout.slots(runs_dir, everywhere=True)):
+        facts = claim.holder(path) or {}
+        host = facts.get("host", "a machine that it does not name")
+        if facts.get("sweep") == sweep and host != socket.gethostname():
+            found.setdefault(host, []).append(path.stem)
+    return found
+
+
+def _pid_here(path: Path, sweep: str) -> int | None:
+    """Of the sweep's process on this machine that holds a claim: while it does, no other process has its number."""
+    facts = claim.holder(path) or {}
+    return facts["pid"] if (facts.get("sweep"), facts.get("host")) == (sweep, socket.gethostname()) else None
 
 
 def send(pid: int, number: int) -> None:

@@ -110,7 +110,7 @@ def launch(sweep: Path, runs_dir: Path, *options: str) -> int:
         cloudpickle.register_pickle_by_value(cheap_job)
     plan = plan_of(sweep)
     launch_id = f"test-{os.getpid()}"
-    held = claim.take(layout.launch(runs_dir, launch_id), local.launch_facts(plan.sweep.name))
+    held = claim.take(layout.launch(runs_dir, launch_id), claim.facts_of_this_process(sweep=plan.sweep.name))
     assert held is not None
     hours = [float(option.partition("=")[2]) for option in options if option.startswith("--max-gpu-hours=")]
     queue = local.prepare(plan, runs_dir, launch_id, "--retry-failed" in options, *hours)

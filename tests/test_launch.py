@@ -77,6 +77,8 @@ def test_the_plan_for_programs_has_the_tables_columns(sweep, capsys):
         (["submit", "SWEEP", "--max-hours", "1e-9"], "--max-hours"),
         (["submit", "SWEEP", "--runs", "/proc/runs"], "/proc/runs"),
         (["collect", "SWEEP", "--runs", "RUNS"], "no finished run"),
+        (["cancel", "SWEEP", "--runs", "RUNS", "--size", "50K"], "takes no --size and no --arm"),
+        (["cancel", "SWEEP", "--runs", "RUNS", "--arm", "discrete-random"], "takes no --size and no --arm"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(sweep, tmp_path, capsys, arguments, message):

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from cheap_job import STEPS, WORKERS, plan_of, write_sweep
 from fluidscale.record import write_json
 from slurm import claim, layout, local
 from slurm.attempts import MAX_DEATHS, Attempt
+from slurm.launch import main
 
 DRIVER = Path(__file__).parent / "cheap_job.py"
 PATIENCE = 240.0
@@ -256,3 +258,24 @@ def test_cancel_stops_orphans_too(cheap_sweep, runs):
     launcher.process.wait()
     assert local.cancel(runs, cheap_sweep.name) == WORKERS
     assert not worker_pids(runs)
+
+
+def test_cancel_leaves_another_machines_processes_alone_and_names_them(cheap_sweep, runs, capfd):
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    facts = {"pid": bystander.pid, "host": f"{socket.gethostname()}-1", "sweep": cheap_sweep.name, "launch": "there"}
+    slot = layout.slot(runs, 0)
+    away = [layout.launch(runs, "there"), slot.with_name(f"{facts['host']}-0.lock")]
+    held = [claim.take(path, facts) for path in away]
+    try:
+        assert main(["cancel", str(cheap_sweep.path), "--runs", str(runs)]) == 1
+        line = f"{cheap_sweep.name}: still at work on {facts['host']}: there, {facts['host']}-0; say the same there\n"
+        assert capfd.readouterr() == ("", line)
+        assert bystander.poll() is None and layout.slots(runs) == []
+    finally:
+        bystander.kill()
+        bystander.wait()
+        for each in held:
+            assert each is not None
+            each.release()
+    assert main(["cancel", str(cheap_sweep.path), "--runs", str(runs)]) == 0
+    assert "nothing of it was running" in capfd.readouterr().out
