@@ -64,15 +64,13 @@ _KINDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "
 def from_dict(cls: type[T], content: Any, where: str) -> T:
     """Builds a dataclass from plain data; raises InvalidInput, naming `where`, on a key that is unknown or missing and
     on a value that its annotation does not allow."""
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    hints, required = _fields(cls)
     values: dict[str, Any] = {}
     for key, value in mapping(content, where).items():
-        if key not in known:
-            raise InvalidInput(unknown_key(key, known, where))
-        values[key] = typed(value, _hints(cls)[key], f"{where}: {key}")
-    unset = dataclasses.MISSING
-    missing = [n for n, f in known.items() if n not in values and f.default is unset and f.default_factory is unset]
-    if missing:
+        if key not in hints:
+            raise InvalidInput(unknown_key(key, hints, where))
+        values[key] = typed(value, hints[key], f"{where}: {key}")
+    if missing := [name for name in required if name not in values]:
         raise InvalidInput(f"{where}: missing {', '.join(missing)}")
     return cls(**values)
 
@@ -84,11 +82,9 @@ def checked(value: T, where: str) -> T:
 
 def typed(value: Any, hint: Any, where: str) -> Any:
     """`value` as an annotation wants it. Raises InvalidInput where it cannot be had without a guess."""
-    limits: list[Any] = []
-    if get_origin(hint) is Annotated:
-        hint, *limits = get_args(hint)
-    value = _of_kind(value, hint, where)
-    for limit in limits:
+    wanted = _wanted(hint)
+    value = _of_kind(value, wanted, where)
+    for limit in wanted.limits:
         if refusal := limit.refusal(value):
             raise InvalidInput(f"{where}: {refusal}")
     return value
@@ -114,27 +110,51 @@ def nearest(name: Any, known: Iterable[str]) -> str:
 
 
 @lru_cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls, include_extras=True)
+def _fields(cls: type) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The annotation of each field of a dataclass, and the fields without a default."""
+    hints, unset = get_type_hints(cls, include_extras=True), dataclasses.MISSING
+    required = tuple(f.name for f in fields(cls) if f.default is unset and f.default_factory is unset)
+    return {f.name: hints[f.name] for f in fields(cls)}, required
 
 
-def _of_kind(value: Any, hint: Any, where: str) -> Any:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
+@dataclass(frozen=True)
+class _Wanted:
+    """An annotation taken apart, once for all the values that are held to it."""
+
+    kind: Any
+    origin: Any
+    arguments: tuple[Any, ...]
+    limits: tuple[Any, ...]
+    is_section: bool
+
+
+@lru_cache
+def _wanted(hint: Any) -> _Wanted:
+    limits: tuple[Any, ...] = ()
+    if get_origin(hint) is Annotated:
+        hint, *rest = get_args(hint)
+        limits = tuple(rest)
+    is_section = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+    return _Wanted(hint, get_origin(hint), get_args(hint), limits, is_section)
+
+
+def _of_kind(value: Any, wanted: _Wanted, where: str) -> Any:
+    kind, origin, arguments = wanted.kind, wanted.origin, wanted.arguments
+    if kind is Any:
         return value
+    if wanted.is_section:
+        content = {f.name: getattr(value, f.name) for f in fields(kind)} if isinstance(value, kind) else value
+        return from_dict(kind, content, where)
     if origin in (Union, UnionType):
         (other,) = (argument for argument in arguments if argument is not NoneType)
         return None if value is None else typed(value, other, where)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        content = {f.name: getattr(value, f.name) for f in fields(hint)} if isinstance(value, hint) else value
-        return from_dict(hint, content, where)
     if origin is dict:
         return {key: typed(item, arguments[1], f"{where}: {key}") for key, item in mapping(value, where).items()}
     if origin in (tuple, list):
         if not isinstance(value, (list, tuple)):
             raise InvalidInput(f"{where}: expected a list, got {value!r}")
         return origin(typed(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value))
-    return _plain(value, hint, where)
+    return _plain(value, kind, where)
 
 
 def _plain(value: Any, kind: Any, where: str) -> Any:

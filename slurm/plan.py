@@ -77,13 +77,14 @@ def make_plan(sweep: Sweep, machine: Machine) -> Plan:
     groups: dict[str, list[RunSpec]] = defaultdict(list)
     for spec in sweep.runs:
         groups[spec.trunk_id].append(spec)
+    profiles = {size: machine.profile.of(size) for size in {spec.size for spec in sweep.runs}}
     runs = []
     for number, group in enumerate(groups.values()):
         group.sort(key=lambda spec: spec.train.steps)
         branches = tuple(sorted({spec.train.branch_step for spec in group}))
         reached = 0
         for spec in group:
-            profile = machine.profile.of(spec.size)
+            profile = profiles[spec.size]
             placement = place(spec, profile, branches, sweep.assets)
             runs.append(PlannedRun(spec, placement, cost(spec, reached, profile), f"{sweep.name}[{number}]"))
             reached = max(reached, spec.train.branch_step)
