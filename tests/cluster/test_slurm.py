@@ -173,62 +173,54 @@ def _table(path: Path) -> list[dict[str, str]]:
     return sorted(rows, key=lambda row: row["run_id"])
 
 
-def test_what_is_cancelled_before_it_starts_is_known_at_once(slurm, tmp_path):
+@pytest.fixture
+def waiting(slurm, tmp_path):
+    """A small sweep on a partition that is closed: what is submitted waits, and is cancelled at the end."""
     (tmp_path / "few.yaml").write_text(SWEEP.replace("[480, 960, 19200]", "[480]"))
     (tmp_path / "resources.yaml").write_text(RESOURCES.replace("partition: low", "partition: high"))
-    launch = Launch(slurm, tmp_path / "few.yaml", tmp_path / "resources.yaml", tmp_path / "runs")
     slurm.ask("scontrol", "update", "PartitionName=high", "State=DOWN")
-    try:
-        launch("submit")
-        task, *others = sorted(launch.trunks())
-        slurm.ask("scancel", task)
-        # Its evaluation may be in the queue still, and makes nothing of it.
-        rows = launch.states().values()
-        stopped = [row for row in rows if row["state"] == "stopped"]
-        assert [row["trunk_id"] for row in stopped] == [launch.trunks()[task]] and len(others) == 3, rows
-        assert f"job {task}: CANCELLED" in stopped[0]["error"]
-        assert {row["state"] for row in rows if row not in stopped} == {"queued"}
-        assert all("waits: PartitionDown" in row["error"] for row in rows if row not in stopped), rows
-        assert "submitted 2 tasks" in launch("submit"), "its training and its evaluation"
-        launch("cancel")
-        assert {row["state"] for row in launch.states().values()} == {"stopped"}
-    finally:
-        slurm.ask("scancel", "--name=few,few-evaluate,few-conclude", check=False)
-        slurm.ask("scontrol", "update", "PartitionName=high", "State=UP")
+    yield Launch(slurm, tmp_path / "few.yaml", tmp_path / "resources.yaml", tmp_path / "runs")
+    slurm.ask("scancel", "--name=few,few-evaluate,few-conclude", check=False)
+    slurm.ask("scontrol", "update", "PartitionName=high", "State=UP")
 
 
-def test_a_launch_of_another_size_leaves_the_last_job_of_the_first_alone(slurm, tmp_path):
-    (tmp_path / "sizes.yaml").write_text(SWEEP.replace("sizes: [50K]", "sizes: [50K, 80K]"))
-    (tmp_path / "resources.yaml").write_text(RESOURCES.replace("partition: low", "partition: high"))
-    launch = Launch(slurm, tmp_path / "sizes.yaml", tmp_path / "resources.yaml", tmp_path / "runs")
-    slurm.ask("scontrol", "update", "PartitionName=high", "State=DOWN")
-    try:
-        launch("submit", "--size", "50K")
-        (first,) = slurm.ask("squeue", "-h", "--name=sizes-conclude", "-o", "%i").split()
-        launch("submit", "--size", "80K")
-        last = slurm.ask("squeue", "-h", "--name=sizes-conclude", "-o", "%i").split()
-        assert len(last) == 2 and first in last
-    finally:
-        slurm.ask("scancel", "--name=sizes,sizes-evaluate,sizes-conclude", check=False)
-        slurm.ask("scontrol", "update", "PartitionName=high", "State=UP")
+def test_what_is_cancelled_before_it_starts_is_known_at_once(waiting):
+    waiting("submit")
+    task, *others = sorted(waiting.trunks())
+    waiting.slurm.ask("scancel", task)
+    # Its evaluation may be in the queue still, and makes nothing of it.
+    rows = waiting.states().values()
+    stopped = [row for row in rows if row["state"] == "stopped"]
+    assert [row["trunk_id"] for row in stopped] == [waiting.trunks()[task]] and len(others) == 3, rows
+    assert f"job {task}: CANCELLED" in stopped[0]["error"]
+    assert {row["state"] for row in rows if row not in stopped} == {"queued"}
+    assert all("waits: PartitionDown" in row["error"] for row in rows if row not in stopped), rows
+    assert "submitted 2 tasks" in waiting("submit"), "its training and its evaluation"
+    waiting("cancel")
+    assert {row["state"] for row in waiting.states().values()} == {"stopped"}
 
 
-def test_what_sbatch_refuses_is_one_line_and_the_corrected_command_does_not_wait(slurm, tmp_path):
-    (tmp_path / "few.yaml").write_text(SWEEP.replace("[480, 960, 19200]", "[480]"))
-    resources = tmp_path / "resources.yaml"
-    resources.write_text(RESOURCES.replace("partition: low", "partition: nowhere"))
-    launch = Launch(slurm, tmp_path / "few.yaml", resources, tmp_path / "runs")
-    process = launch.start("submit")
+def test_a_launch_of_another_size_leaves_the_last_job_of_the_first_alone(waiting):
+    def last_jobs() -> list[str]:
+        return waiting.slurm.ask("squeue", "-h", "--name=few-conclude", "-o", "%i").split()
+
+    waiting.sweep.write_text(waiting.sweep.read_text().replace("sizes: [50K]", "sizes: [50K, 80K]"))
+    waiting("submit", "--size", "50K")
+    (first,) = last_jobs()
+    waiting("submit", "--size", "80K")
+    assert len(last_jobs()) == 2 and first in last_jobs()
+
+
+def test_what_sbatch_refuses_is_one_line_and_the_corrected_command_does_not_wait(waiting):
+    right = waiting.resources.read_text()
+    waiting.resources.write_text(right.replace("partition: high", "partition: nowhere"))
+    process = waiting.start("submit")
     _, said = process.communicate(timeout=120)
     assert process.returncode == 2 and len(said.strip().splitlines()) == 1 and "invalid partition" in said, said
-    slurm.ask("scontrol", "update", "PartitionName=high", "State=DOWN")
-    try:
-        resources.write_text(RESOURCES.replace("partition: low", "partition: high"))
-        assert not list(layout.submissions(launch.runs).glob("*.json"))
-        assert "submitted 8 tasks" in launch("submit")
-    finally:
-        slurm.ask("scancel", "--name=few,few-evaluate,few-conclude", check=False)
-        slurm.ask("scontrol", "update", "PartitionName=high", "State=UP")
+    # Nothing is announced that a later launch would wait for.
+    assert not list(layout.submissions(waiting.runs).glob("*.json"))
+    waiting.resources.write_text(right)
+    assert "submitted 8 tasks" in waiting("submit")
 
 
 def test_a_thousand_runs_are_submitted_watched_and_cancelled_in_seconds(slurm, tmp_path, fault):
