@@ -187,8 +187,9 @@ def _own(law: Law, objective: Objective, within: float, between: float) -> float
     """The variance that counts as each row's own: under Huber's small threshold more than `within`.
 
     There residuals count by their signs, and those of one trunk agree less than its residuals do: their correlation is
-    (2 / pi) asin(rho) (Sheppard 1899). With `within` alone alpha's interval along 5 trunks of 7 data sizes each held
-    the truth in .84 of tables. Joint laws, of which a trunk holds a few rows, cover without (benchmarks/coverage.md).
+    (2 / pi) asin(rho) (Sheppard 1899). With `within` alone intervals along few trunks of many data sizes are too narrow
+    (tests/test_analysis_intervals.py has 5 of 7). Joint laws, of which a trunk holds a few rows, cover without
+    (benchmarks/coverage.md).
     """
     total = within + between
     if not objective.robust or total == 0.0 or len(law.axes) > 1:

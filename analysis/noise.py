@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.distributions import f_tail
-from analysis.fit import DESIGN_EFFECT, NO_SEEDS, Fit, SeedVariance, Warned, scale_of
+from analysis.fit import DESIGN_EFFECT, Fit, Warned, scale_of
 from analysis.laws import Array
 from analysis.points import Points
-from analysis.variances import trunks_of
+from analysis.variances import NO_SEEDS, SeedVariance, trunks_of
 
 # a law whose residual variance exceeds the replicates' at this level does not fit
 LACK_OF_FIT_LEVEL = 0.01

@@ -106,7 +106,7 @@ def _counted(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     out = []
     for same in targets.values():
         first = min(e["scored_at"] for e in same)
-        out.append(max((e for e in same if e["made_at"] <= first), key=lambda e: e["made_at"], default=same[0]))
+        out.append(max((e for e in same if e["made_at"] <= first), key=lambda e: e["made_at"]))
     return out
 
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from analysis.fit import Fit, SeedVariance, Warned, default_objective, fit
+from analysis.fit import Fit, Warned, default_objective, fit
 from analysis.laws import Law, law
 from analysis.noise import lack_of_fit, of_form, seed_variance
 from analysis.points import Points, data_levels, select
 from analysis.settings import varied
 from analysis.solver import HUBER_DELTA, Objective
 from analysis.table import AXES, InvalidTable, Table, is_part, kind_of, numbers
+from analysis.variances import SeedVariance
 
 # a point this many standard errors from its floor, or less, says that the floor is not one
 FLOOR_TOUCH = 2.0

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fluidscale.limits import from_dict
 from fluidscale.processes import lives
 from fluidscale.record import Placement, now, read_json, write_atomic, write_json
-from fluidscale.spec import from_dict
 
 # A status, an attempt and the last lines of a log, in blocks of a usual file system.
 _BALLAST_BYTES = 1 << 16

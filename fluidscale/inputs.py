@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fluidscale.limits import InvalidInput, unknown_key
 from fluidscale.record import read_json
-from fluidscale.spec import InvalidInput, unknown_key
 
 CARDS = Path(__file__).resolve().parent / "tokens" / "weights"
 # What a planned-only tokenizer says of itself; a card and a manifest say more.

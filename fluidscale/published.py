@@ -17,7 +17,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fluidscale.inputs import there
-from fluidscale.spec import InvalidInput, RunSpec, unknown_key
+from fluidscale.limits import InvalidInput, unknown_key
+from fluidscale.spec import RunSpec
 
 # Published judges by the metric they give: the count of `evaluate` that they look at, and the files they need.
 JUDGES: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluidscale.folder import RunFolder
+from fluidscale.limits import InvalidInput, from_dict
 from fluidscale.processes import deaf
 from fluidscale.record import Placement, git_revision, is_full, read_json, row, write_atomic, write_json
-from fluidscale.spec import InvalidInput, RunSpec, from_dict, to_json
+from fluidscale.spec import RunSpec, to_json
 from fluidscale.valid import read_run_spec
 
 if TYPE_CHECKING:

@@ -24,8 +24,6 @@ from fluidscale.limits import (
     Positive,
     Range,
     Share,
-    from_dict,
-    unknown_key,
 )
 
 TOKEN_KINDS = ("continuous", "discrete")
@@ -284,7 +282,5 @@ __all__ = [
     "WorldSpec",
     "canonical",
     "digest",
-    "from_dict",
     "to_json",
-    "unknown_key",
 ]

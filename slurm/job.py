@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fluidscale.folder import RunFolder
+from fluidscale.limits import InvalidInput, from_dict
 from fluidscale.record import Placement, is_full, read_json, write_json
-from fluidscale.spec import InvalidInput, RunSpec, from_dict
+from fluidscale.spec import RunSpec
 from fluidscale.valid import read_run_spec
 from slurm import attempts, claim, layout
 from slurm.budget import Budget, UsedUp
@@ -121,13 +122,11 @@ def work(queue_path: str, slot_number: int, execute: Execute = execute) -> None:
         return
     worker = Worker(queue, stop, execute, slot)
     try:
-        while not worker.is_stopped():
-            free = next((trunk for trunk in queue.trunks if worker.train(trunk)), None)
-            if free is None:
-                return
-    except Stopped:
-        # The end that it was told to come to: what the run has reached lies in its folder.
-        pass
+        # Stopped is the end that it was told to come to: what the run has reached lies in its folder.
+        with suppress(Stopped):
+            while not worker.is_stopped():
+                if not any(worker.train(trunk) for trunk in queue.trunks):
+                    break
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         slot.release()
@@ -142,11 +141,9 @@ def work_here(queue: Queue, execute: Execute = execute) -> int:
     stop = StopSignal(signal.SIGINT)
     worker = Worker(queue, stop, execute)
     try:
-        for trunk_id in queue.trunks:
-            worker.train(trunk_id)
-    except Stopped:
-        # As in `work`.
-        pass
+        with suppress(Stopped):  # as in `work`
+            for trunk_id in queue.trunks:
+                worker.train(trunk_id)
     finally:
         stop.close()
     budget = queue.budget

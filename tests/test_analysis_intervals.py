@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from analysis.bootstrap import intervals
-from analysis.fit import NO_SEEDS, fit
+from analysis.fit import fit
 from analysis.intervals import allocation_exponent, parameter_intervals, predict
 from analysis.laws import law
 from analysis.noise import lack_of_fit, of_form, pooled, seed_noise, seed_variance, unlike
@@ -14,6 +14,7 @@ from analysis.points import Points
 from analysis.simulate import CHINCHILLA, chinchilla_points, grid, trunk_points
 from analysis.solver import Objective
 from analysis.table import InvalidTable
+from analysis.variances import NO_SEEDS
 
 
 @pytest.mark.parametrize("ratios", [2, 4])

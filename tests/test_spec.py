@@ -5,7 +5,8 @@ import math
 import pytest
 
 from fluidscale import spec as spec_module
-from fluidscale.spec import InvalidInput, TrainSpec, canonical, digest, from_dict, to_json
+from fluidscale.limits import InvalidInput, from_dict
+from fluidscale.spec import TrainSpec, canonical, digest, to_json
 from fluidscale.valid import run_spec_from_json
 
 

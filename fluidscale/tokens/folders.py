@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fluidscale.limits import InvalidInput, unknown_key
 from fluidscale.record import read_json
-from fluidscale.spec import InvalidInput, digest, unknown_key
+from fluidscale.spec import digest
 
 # Our own settings of a tokenizer, an optional file in its folder, with these defaults.
 SETTINGS = "fluidscale.json"
