@@ -211,14 +211,13 @@ def _check_layers(plan: dict[str, Any], where: str) -> None:
     for axis, known in (("token_kind", TOKEN_KINDS), ("order", ORDERS), ("arm", ARMS), ("size", ladder())):
         layers |= {f"by_{axis}: {k}": layer for k, layer in _by_name(plan, f"by_{axis}", known, where).items()}
     for name, layer in layers.items():
-        sections = mapping(layer, f"{where}: {name}")
-        for key in sections:
-            if key not in _SECTIONS:
-                raise InvalidInput(unknown_key(key, _SECTIONS, f"{where}: {name}"))
-        _check_sections(sections, f"{where}: {name}")
+        _check_sections(mapping(layer, f"{where}: {name}"), f"{where}: {name}")
 
 
 def _check_sections(content: dict[str, Any], where: str) -> None:
+    for key in content:
+        if key not in _SECTIONS:
+            raise InvalidInput(unknown_key(key, _SECTIONS, where))
     for key in _MAPPINGS:
         mapping(content.get(key), f"{where}: {key}")
 
@@ -283,9 +282,6 @@ def _runs(
 
 
 def _run(content: dict[str, Any], arm: str, size: str, seed: int, images: int, where: str) -> tuple[RunSpec, Inputs]:
-    for key in content:
-        if key not in _SECTIONS:
-            raise InvalidInput(unknown_key(key, _SECTIONS, where))
     _check_sections(content, where)
     for key in _JUDGED:
         if key in (content.get("evaluate") or {}):
