@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from analysis.laws import Array
-from analysis.table import InvalidTable
+from analysis.table import read_beside
 
 FILE = "per_prompt.parquet"
 COLUMNS = ("run_id", "metric", "tag", "prompt", "mean", "n")
@@ -36,15 +35,11 @@ class Answers:
 
 def beside(table: Path) -> dict[tuple[str, str], Answers]:
     """(run id, metric) -> answers, from the file beside a table; empty where there is none. Raises InvalidTable."""
-    path = table.parent / FILE
-    if not path.is_file():
-        return {}
-    try:
-        frame: Any = pd.read_parquet(path)
-        frame = frame[list(COLUMNS)].sort_values(["run_id", "metric", "tag", "prompt"], kind="stable")
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InvalidTable("UNREADABLE_PROMPTS", f"{path}: {reason}: collect again or move it away") from error
+    return read_beside(table, FILE, COLUMNS, "UNREADABLE_PROMPTS", _by_run)
+
+
+def _by_run(frame: Any) -> dict[tuple[str, str], Answers]:
+    frame = frame.sort_values(["run_id", "metric", "tag", "prompt"], kind="stable")
     out = {}
     for (run, metric), rows in frame.groupby(["run_id", "metric"], sort=False):
         tags, prompts = (rows[c].astype(str).to_numpy() for c in ("tag", "prompt"))

@@ -164,7 +164,7 @@ def _attach_rollouts(doc: dict[str, Any], fits: Sequence[Fit], rollouts: dict) -
         shown["rollout"] = rollouts.get(key, [])
 
 
-def assemble(result: Study, predictions: Path | None, runs: Path, planned: Sequence[dict] = ()) -> dict[str, Any]:
+def assemble(result: Study, predictions: Path | None, planned: Sequence[dict] = ()) -> dict[str, Any]:
     """The document of a study. `predictions` is the record kept beside laws.json (None: none is kept)."""
     doc, choice = document(result), result.choice
     headline = [p for p in result.sound if not is_part(p.metric)]
@@ -190,7 +190,7 @@ def assemble(result: Study, predictions: Path | None, runs: Path, planned: Seque
         "matched": matched(result.sound, result.fits, compared["contrasts"], choice.level),
         "sensitivity": _sensitivities(result),
         "verdicts": verdicts(result.points, result.fits, choice.level),
-        "learning_curves": learning_curves(result.table.frame, runs, result.table.columns.group),
+        "learning_curves": learning_curves(result.table),
         "recommended_runs": [],
         "runs": {"ids": _run_ids(result), "folder": ""},
     }

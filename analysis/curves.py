@@ -1,56 +1,44 @@
-"""Learning curves of the runs behind a table, where their folders still lie beside it."""
+"""Learning curves of the runs in a table, where they lie beside it."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-CURVE_POINTS = 80
+from analysis.laws import Array
+from analysis.table import Table, read_beside
 
-
-def _read(path: Path) -> tuple[list[float], list[float]]:
-    """Images seen and training loss, line by line; a torn or foreign line is no reason to lose the rest."""
-    images, losses = [], []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and entry.get("train_loss") is not None and entry.get("images"):
-            images.append(float(entry["images"]))
-            losses.append(float(entry["train_loss"]))
-    return images, losses
+FILE = "per_step.parquet"
+COLUMNS = ("run_id", "images", "train_loss")
 
 
-def _smooth(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over CURVE_POINTS bins of equal width in log x: a curve for the eye, not for a fit."""
-    edges = np.geomspace(x[0], x[-1] * (1 + 1e-9), CURVE_POINTS + 1)
-    where = np.clip(np.digitize(x, edges) - 1, 0, CURVE_POINTS - 1)
-    filled = np.unique(where)
-    return np.array([x[where == k].mean() for k in filled]), np.array([y[where == k].mean() for k in filled])
+def beside(table: Path) -> dict[str, tuple[Array, Array]]:
+    """Run id -> images seen and training loss (points,), from the file beside a table. Raises InvalidTable."""
+    return read_beside(table, FILE, COLUMNS, "UNREADABLE_CURVES", _by_run)
 
 
-def learning_curves(frame: pd.DataFrame, runs: Path, group: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Training loss against images seen, for the longest run of each trunk whose metrics.jsonl is there."""
-    if not {"run_id", "images"} <= set(frame.columns) or not runs.is_dir():
+def _by_run(frame: Any) -> dict[str, tuple[Array, Array]]:
+    parts = zip(frame["run_id"], frame["images"], frame["train_loss"], strict=True)
+    found = {str(run): (np.asarray(images, float), np.asarray(losses, float)) for run, images, losses in parts}
+    for run, (images, losses) in found.items():
+        if images.ndim != 1 or images.shape != losses.shape:
+            raise ValueError(f"{run}: {images.shape} images and {losses.shape} losses")
+    return found
+
+
+def learning_curves(table: Table) -> list[dict[str, Any]]:
+    """Training loss against images seen, of the longest run of each trunk."""
+    frame = table.frame
+    if not {"run_id", "images"} <= set(frame.columns):
         return []
     key = "trunk_id" if "trunk_id" in frame else "run_id"
     longest = frame.sort_values("images").drop_duplicates(key, keep="last")
     out = []
-    for _, row in longest.iterrows():
-        path = runs / str(row["run_id"]) / "metrics.jsonl"
-        if not path.is_file():
-            continue
-        images, losses = _read(path)
-        if len(images) < 3:
-            continue
-        x, y = _smooth(np.array(images), np.array(losses))
-        name = {g: str(row[g]) for g in group}
-        out.append(
-            {"group": name, "run_id": str(row["run_id"]), "size": str(row.get("size", "")), "images": x, "loss": y}
-        )
+    for _, row in longest[longest["run_id"].isin(list(table.curves))].iterrows():
+        images, losses = table.curves[str(row["run_id"])]
+        name = {g: str(row[g]) for g in table.columns.group}
+        what = {"group": name, "run_id": str(row["run_id"]), "size": str(row.get("size", ""))}
+        out.append({**what, "images": images, "loss": losses})
     return out

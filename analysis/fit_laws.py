@@ -22,7 +22,7 @@ if str(ROOT) not in sys.path:
 # the matrices here are 5 x 5: threads would only wait for each other
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from analysis import answers, images  # noqa: E402
+from analysis import answers, curves, images  # noqa: E402
 from analysis.assemble import assemble  # noqa: E402
 from analysis.bootstrap import METHODS  # noqa: E402
 from analysis.changes import changes, in_words  # noqa: E402
@@ -82,7 +82,9 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--level", type=float, default=0.95, help="level of all intervals (0.95)")
     where = p.add_argument_group("output")
     where.add_argument("--out", type=Path, metavar="DIR", help="folder of laws.json and report/ (the table's own)")
-    where.add_argument("--runs", type=Path, metavar="DIR", help="run folders, for learning curves (runs/ up the path)")
+    where.add_argument(
+        "--runs", type=Path, metavar="DIR", help="run folders for the report's links (runs/ up the path)"
+    )
     where.add_argument(
         "--plan", type=Path, metavar="JSON", help="plan --json: its larger runs are predicted in advance"
     )
@@ -127,7 +129,7 @@ def _table_path(path: Path) -> Path:
 def _load(args: argparse.Namespace, path: Path) -> Table:
     group = None if args.group is None else tuple(filter(None, args.group.split(",")))
     table = load(path, n=args.n, d=args.d, c=args.c, group=group, cluster=args.cluster, se=args.se)
-    return replace(table, answers=answers.beside(path), images=images.beside(path))
+    return replace(table, answers=answers.beside(path), images=images.beside(path), curves=curves.beside(path))
 
 
 def _choice(args: argparse.Namespace) -> Choice:
@@ -180,7 +182,7 @@ def fit_table(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     folder = args.out or (table_path if table_path.is_dir() else table_path.parent)
     result = study(_load(args, table_path), _choice(args))
     runs = args.runs or _runs_beside(table_path)
-    doc = plain(assemble(result, folder / "predictions.json", runs, _planned(args.plan)))
+    doc = plain(assemble(result, folder / "predictions.json", _planned(args.plan)))
     if runs.is_dir():
         doc["runs"]["folder"] = os.path.relpath(runs, folder / "report")
     if args.overlay:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from analysis.laws import Array
-from analysis.table import InvalidTable
+from analysis.table import read_beside
 
 FILE = "per_image.parquet"
 COLUMNS = ("run_id", "metric", "values")
@@ -22,16 +21,12 @@ COLUMNS = ("run_id", "metric", "values")
 
 def beside(table: Path) -> dict[tuple[str, str], Array]:
     """(run id, metric) -> values (images,) from the file beside a table; {} without one. Raises InvalidTable."""
-    path = table.parent / FILE
-    if not path.is_file():
-        return {}
-    try:
-        frame: Any = pd.read_parquet(path, columns=list(COLUMNS))
-        parts = zip(frame["run_id"], frame["metric"], frame["values"], strict=True)
-        return {(str(run), str(metric)): np.asarray(values, float) for run, metric, values in parts}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InvalidTable("UNREADABLE_IMAGES", f"{path}: {reason}: collect again or move it away") from error
+    return read_beside(table, FILE, COLUMNS, "UNREADABLE_IMAGES", _by_run)
+
+
+def _by_run(frame: Any) -> dict[tuple[str, str], Array]:
+    parts = zip(frame["run_id"], frame["metric"], frame["values"], strict=True)
+    return {(str(run), str(metric)): np.asarray(values, float) for run, metric, values in parts}
 
 
 def aligned(runs: Sequence[Array | None], relative: bool) -> Array | None:

@@ -86,6 +86,7 @@ def band(fit: Fit, level: float = LEVEL, **axes: Array | float) -> tuple[Array, 
     if kind == "score":
         ceiling = getattr(fit.law, "ceiling", 1.0)
         inside = value * (1 - value / ceiling)
+        inside[inside == 0] = np.nan  # so near an end that a float cannot tell how near: nothing is known of the width
     else:
         inside = np.ones_like(value) if kind == "signed" else value
     slope = gradient / inside
@@ -93,7 +94,7 @@ def band(fit: Fit, level: float = LEVEL, **axes: Array | float) -> tuple[Array, 
     worst = min((degrees(fit, slope[:, i]) for i in range(slope.shape[1])), default=fit.within[1])
     t = two_sided(level, worst)
     noise = _run_variance(fit, value) / (1.0 if fit.objective.logarithmic else inside**2)
-    half, run_half = t * np.sqrt(variance), t * np.sqrt(variance + noise)
+    half, run_half = (np.nan_to_num(t * np.sqrt(v), nan=np.inf) for v in (variance, variance + noise))
     ends = [_shift(fit, value, h) for h in (-half, half, -run_half, run_half)]
     return (value * fit.scale, *(e * fit.scale for e in ends))  # type: ignore[return-value]
 

@@ -10,10 +10,10 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,8 @@ from analysis.settings import splitting
 
 if TYPE_CHECKING:
     from analysis.answers import Answers
+
+Parsed = TypeVar("Parsed")
 
 AXES = ("n", "d", "c")
 OWN_COLUMNS = {"n": "params_total", "d": "images", "c": "train_flops"}
@@ -69,7 +71,8 @@ class Table:
     """Usable rows (axes as floats), what was excluded, and the sha256 of the bytes it was read from.
 
     `left_out` are the rows dropped for their status alone. `answers` holds results prompt by prompt and
-    `images` losses image by image, by (run id, metric), where they lie beside the table.
+    `images` losses image by image, by (run id, metric), and `curves` images seen and training loss, by run id, where
+    they lie beside the table.
     """
 
     frame: pd.DataFrame
@@ -81,6 +84,7 @@ class Table:
     left_out: pd.DataFrame = field(default_factory=pd.DataFrame)
     answers: Mapping[tuple[str, str], Answers] = field(default_factory=dict)
     images: Mapping[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     @property
     def cell(self) -> list[str]:
@@ -149,6 +153,20 @@ def read(path: Path | str) -> tuple[pd.DataFrame, str]:
     if frame.empty:
         raise InvalidTable("NO_ROWS", f"{path} has a header but no rows: nothing has finished yet")
     return frame, sha
+
+
+def read_beside(
+    table: Path, file: str, columns: Sequence[str], code: str, parse: Callable[[Any], dict[Any, Parsed]]
+) -> dict[Any, Parsed]:
+    """What collecting left beside a table, as `parse` reads its frame; {} without it. Raises InvalidTable(code)."""
+    path = table.parent / file
+    if not path.is_file():
+        return {}
+    try:
+        return parse(pd.read_parquet(path, columns=list(columns)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidTable(code, f"{path}: {reason}: collect again or move it away") from error
 
 
 def _from_json(text: str) -> pd.DataFrame:

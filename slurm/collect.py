@@ -14,7 +14,7 @@ from fluidscale.folder import RunFolder
 from fluidscale.record import table_csv, table_row, varying, write_atomic
 from fluidscale.spec import InvalidInput, RunSpec
 from fluidscale.sweep import Sweep
-from slurm import drawn, validated
+from slurm import drawn, trained, validated
 from slurm.status import FINISHED, RunState
 
 # Which drawn set of pictures a report shows, best first: prompts of combinations that training had, then any other.
@@ -32,7 +32,7 @@ class Collected:
 
 
 def collect(sweep: Sweep, states: Iterable[RunState], runs_dir: Path, results: Path) -> Collected:
-    """Writes runs.csv, per_prompt.parquet, per_image.parquet, sweep.yaml and samples/ into results/<sweep>.
+    """Writes runs.csv, per_prompt, per_image and per_step.parquet, sweep.yaml and samples/ into results/<sweep>.
 
     A filtered sweep goes to its partial/. Raises InvalidInput when no run is finished.
     """
@@ -56,6 +56,8 @@ def collect(sweep: Sweep, states: Iterable[RunState], runs_dir: Path, results: P
     drawn.write_per_prompt(out / "per_prompt.parquet", found)
     losses = ((spec.id, validated.per_image(runs_dir / spec.id, _record(spec, runs_dir))) for spec in finished)
     validated.write_per_image(out / "per_image.parquet", losses)
+    curves = ((spec.id, trained.curve(runs_dir / spec.id)) for spec in finished)
+    trained.write_per_step(out / "per_step.parquet", curves)
     write_atomic(out / "sweep.yaml", sweep.text)
     shown = _shown(finished)
     _copy_samples(shown, runs_dir, out / "samples")

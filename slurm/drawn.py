@@ -13,6 +13,7 @@ from typing import Any
 
 from fluidscale.record import read_json, write_atomic
 from fluidscale.spec import RunSpec, canonical
+from slurm.parquet import write_rows
 
 # The score of a run and the prompts it was asked, of an embedded world or of GenEval's own file; tags are parts of it.
 _SETS = {"geneval": ("seen", "geneval"), "geneval_unseen": ("unseen",)}
@@ -94,21 +95,14 @@ def protocols_any_n(spec: RunSpec, run_dir: Path, found: Mapping[str, Sequence[A
 
 
 def write_per_prompt(path: Path, runs: Mapping[str, Mapping[str, Sequence[Answer]]]) -> None:
-    """Writes run_id, metric, tag, prompt, mean, n: a row a run and prompt. Without any there is no file."""
-    import pandas as pd
-
+    """Writes run_id, metric, tag, prompt, mean, n: a row a run and prompt."""
     rows = [
         (run_id, metric, answer.tag, answer.prompt, answer.mean, len(answer.right))
         for run_id, found in runs.items()
         for metric, asked in found.items()
         for answer in asked
     ]
-    if not rows:
-        path.unlink(missing_ok=True)
-        return
-    table = io.BytesIO()
-    pd.DataFrame(rows, columns=["run_id", "metric", "tag", "prompt", "mean", "n"]).to_parquet(table, index=False)
-    write_atomic(path, table.getvalue())
+    write_rows(path, ("run_id", "metric", "tag", "prompt", "mean", "n"), rows)
 
 
 def write_one_prompt(folder: Path, shown: Mapping[str, Sequence[Answer]]) -> None:

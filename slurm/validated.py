@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fluidscale.record import read_json, write_atomic
+from fluidscale.record import read_json
+from slurm.parquet import write_rows
 
 METRICS = ("val_loss", "val_nll")
 # The mean of what an evaluation kept (7 digits an image) against the recorded number: else it is of other weights.
@@ -29,14 +29,8 @@ def per_image(run_dir: Path, record: Mapping[str, Any]) -> dict[str, list[float]
 
 
 def write_per_image(path: Path, runs: Iterable[tuple[str, Mapping[str, list[float]]]]) -> None:
-    """Writes run_id, metric, values (float32 an image): a row a run and metric. Without any there is no file."""
+    """Writes run_id, metric, values (float32 an image): a row a run and metric."""
     import numpy as np
-    import pandas as pd
 
     rows = [(run, metric, np.array(v, np.float32)) for run, found in runs for metric, v in found.items()]
-    if not rows:
-        path.unlink(missing_ok=True)
-        return
-    table = io.BytesIO()
-    pd.DataFrame(rows, columns=["run_id", "metric", "values"]).to_parquet(table, index=False)
-    write_atomic(path, table.getvalue())
+    write_rows(path, ("run_id", "metric", "values"), rows)

@@ -136,6 +136,16 @@ def test_a_score_far_from_three_noisy_points_is_anything_without_a_warning() -> 
     assert 0 <= said.low < 1e-9 and 1 - 1e-9 < said.high <= 1
 
 
+def test_a_score_whose_law_is_a_step_is_not_known_beyond_it() -> None:
+    n, d = grid(5, 1)
+    y = np.array([0.0, 0.0, 0.01, 0.95, 1.0])
+    points = replace(chinchilla_points(n, d, 0.0, np.random.default_rng(0)), y=y, kind="score", se=np.full(5, 0.02))
+    fitted = fit(law("logit", "n"), points)
+    with np.errstate(all="raise", under="ignore"):
+        said = predict(fitted, n=float(n[-1]) * 1e9)
+    assert said.mean == 1 and 0 <= said.low < 1e-9 and 1 - 1e-9 < said.high <= 1
+
+
 def test_seed_noise_is_measured_from_replicates_only() -> None:
     n, d = grid(4, 1)
     n, d = np.tile(n, 3), np.tile(d, 3)

@@ -22,6 +22,7 @@ from analysis.simulate import ARMS, LADDER, ladder
 from analysis.study import Choice, study
 from analysis.table import prepare
 from analysis.words import digits, rounded, summary
+from slurm.trained import write_per_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,8 +42,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for _, row in frame[frame["images"] == 96_000].iterrows():
         folder = root / "runs" / row["run_id"]
         folder.mkdir(parents=True)
-        lines = [{"step": s, "images": 64 * s, "train_loss": 1 + s**-0.3} for s in range(1, 1500, 25)]
-        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"torn')
+    steps = range(1, 1500, 25)
+    curve = [64.0 * s for s in steps], [1 + s**-0.3 for s in steps]
+    write_per_step(out / "per_step.parquet", [(run, curve) for run in frame["run_id"]])
     assert main([str(out / "runs.csv"), "--out", str(out), "--no-report"]) == 0
     return out
 

@@ -9,10 +9,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from analysis import curves
 from analysis.images import beside
+from analysis.table import InvalidTable
 from fluidscale.record import write_json
 from fluidscale.sweep import load_sweep
 from slurm.drawn import answers, protocols_any_n, write_one_prompt, write_per_prompt
+from slurm.trained import curve, write_per_step
 from slurm.validated import per_image, write_per_image
 
 SPEC = load_sweep("smoke").runs[0]
@@ -123,3 +126,26 @@ def test_losses_are_kept_image_by_image(tmp_path: Path) -> None:
     assert [list(v) for v in beside(tmp_path / "runs.csv").values()] == [values]
     write_per_image(tmp_path / "per_image.parquet", [("a", {})])
     assert not (tmp_path / "per_image.parquet").exists()
+
+
+def test_a_learning_curve_is_kept_small_and_whole(tmp_path: Path) -> None:
+    lines = [{"step": s, "images": 64 * s, "train_loss": 1 + s**-0.3} for s in range(25, 25_000, 25)]
+    for name, of in (("a", lines), ("b", lines[:2])):
+        (tmp_path / name).mkdir()
+        text = "\n".join(map(json.dumps, [*of, {"step": 1, "val_loss": 2.0}, {"images": 64, "train_loss": None}]))
+        (tmp_path / name / "metrics.jsonl").write_text(text + '\n{"torn')
+    found = curve(tmp_path / "a")
+    assert found is not None and curve(tmp_path / "b") is None and curve(tmp_path / "c") is None
+    images, losses = map(np.array, found)
+    assert 40 < len(images) <= 80 and (np.diff(images) > 0).all()
+    assert images[0] == lines[0]["images"] and images[-1] == pytest.approx(lines[-1]["images"], rel=0.1)
+    assert losses == pytest.approx(1 + (images / 64) ** -0.3, rel=1e-3)
+    table = tmp_path / "runs.csv"
+    write_per_step(tmp_path / curves.FILE, [("a", found), ("b", None)])
+    assert [tuple(map(list, v)) for v in curves.beside(table).values()] == [found]
+    for torn in ("no parquet", pd.DataFrame([("a", [1.0], [1.0, 2.0])], columns=list(curves.COLUMNS))):
+        (tmp_path / curves.FILE).write_text(torn) if isinstance(torn, str) else torn.to_parquet(tmp_path / curves.FILE)
+        with pytest.raises(InvalidTable, match="UNREADABLE_CURVES"):
+            curves.beside(table)
+    write_per_step(tmp_path / curves.FILE, [("b", None)])
+    assert curves.beside(table) == {} and not (tmp_path / curves.FILE).exists()
