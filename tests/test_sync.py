@@ -72,6 +72,20 @@ def test_a_second_pass_sends_nothing_and_a_lost_state_file_finds_its_run_again(r
     assert only_run(mirror).data.tags["run_id"] == run_dir.name
 
 
+def test_a_run_without_anything_new_is_not_read_again(runs, mirror):
+    level(mirror, runs)
+    run_dir = next(runs.glob("discrete-*"))
+    spec = (run_dir / "spec.json").read_text()
+    try:
+        write_atomic(run_dir / "spec.json", "not to be read")
+        assert mirror.push(run_dir, "mine") is False
+        RunFolder(run_dir).set_status("done")
+        with pytest.raises(ValueError, match="not JSON"):
+            mirror.push(run_dir, "mine")
+    finally:
+        write_atomic(run_dir / "spec.json", spec)
+
+
 def test_a_repeated_step_counts_once_with_its_later_value(runs, mirror):
     level(mirror, runs)
     folder = RunFolder(next(runs.glob("discrete-*")))

@@ -32,6 +32,7 @@ from fluidscale.valid import run_spec_from_json
 log = logging.getLogger(__name__)
 _BATCH = 1000  # MLflow's limit of metrics a request; requests are what is slow, not metrics
 _PARAMS = 100  # MLflow's limit of parameters a request
+_SENT = ("status.json", "metrics.jsonl", "eval")  # what tells that a run has something new; its end comes last
 _SERVERS = ("http", "https", "databricks")  # schemes of stores that are spoken to through a server
 # `lost` is written into a run's status by whoever finds its job gone.
 _FINAL = {"done": "FINISHED", "diverged": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "lost": "KILLED"}
@@ -57,6 +58,7 @@ class Mirror:
         self._artifacts = (runs / "mlflow" / "artifacts").resolve().as_uri()
         self._experiments: dict[str, str] = {}
         self._there: set[str] = set()  # runs that the store was found to have
+        self._level: dict[Path, list[Any]] = {}  # run folders, and their files' marks when the store was level
 
     @cached_property
     def _client(self) -> MlflowClient:
@@ -79,6 +81,10 @@ class Mirror:
 
     def push(self, run_dir: Path, sweep: str) -> bool:
         """Sends what the store lacks of one run; True when there was anything to send."""
+        marks, kept = [_mark(run_dir / name) for name in _SENT], run_dir / "mlflow.json"
+        # A pass over a thousand finished runs costs a thousand looks, not a thousand readings.
+        if self._level.get(run_dir) == [*marks, _mark(kept)]:
+            return False
         folder = RunFolder(run_dir)
         text = (run_dir / "spec.json").read_text()
         state = self._opened(folder, run_spec_from_json(text, str(run_dir)), sweep)
@@ -86,7 +92,8 @@ class Mirror:
         changed |= self._push_scores(folder, state)
         changed |= self._push_end(folder, state)
         if changed:
-            write_json(run_dir / "mlflow.json", state)
+            write_json(kept, state)
+        self._level[run_dir] = [*marks, _mark(kept)]
         return changed
 
     def _opened(self, folder: RunFolder, spec: RunSpec, sweep: str) -> dict[str, Any]:
@@ -162,6 +169,15 @@ class Mirror:
         self._client.set_terminated(state["run_id"], _FINAL[ended])
         state["end"] = ended
         return True
+
+
+def _mark(path: Path) -> tuple[int, ...]:
+    """What changes whenever a file or the list of a folder does: files are replaced whole or grow."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def experiment_runs(name: str, tracking_uri: str | None = None) -> list[dict[str, Any]]:
