@@ -1,19 +1,20 @@
 """Which runs to buy next: those that narrow one named interval most for their price.
 
 The interval after a set of runs is the Gauss-Newton t interval with their gradients added to the information matrix,
-averaged over draws of the parameters, since the runs must serve the truth and not the present estimate alone.
+averaged over draws of the parameters, since the runs must serve the truth and not the present estimate alone. Runs of
+one trunk share its luck: a second branch tells less than a second trunk (analysis/information.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from analysis.crossings import draw
-from analysis.distributions import two_sided
 from analysis.fit import Fit
+from analysis.information import Side, half_widths
 from analysis.laws import Array
 
 DRAWS = 24
@@ -56,21 +57,6 @@ class Advice:
     even: float
 
 
-@dataclass
-class _Side:
-    """One arm's part of the goal over S draws: information (S, p, p), goal (S, p), kinds of candidates (S, K, p).
-
-    Candidates at one place are one kind: they carry the same information, whatever their seed.
-    """
-
-    information: Array
-    goal: Array
-    vectors: Array
-    kind: np.ndarray
-    sigma: float
-    dof: float
-
-
 def _trunk_price(mates: Sequence[Candidate]) -> float:
     """The longest run of a trunk in full, the others only from where they leave it."""
     if not mates:
@@ -110,72 +96,58 @@ def _log_gradient(fit: Fit, thetas: Array, places: Sequence[dict[str, float]]) -
     return (gradient / value[:, None])[:, ~fit.frozen].transpose(0, 2, 1)
 
 
-def _side(fit: Fit, goal: Goal, candidates: Sequence[Candidate], rng: np.random.Generator) -> _Side:
-    thetas = np.vstack([fit.theta, draw(fit, DRAWS - 1, rng)])
-    present = [{axis: float(fit.points.axis(axis)[i]) for axis in fit.law.axes} for i in range(len(fit.points))]
-    rows = _log_gradient(fit, thetas, present)
-    information = rows.transpose(0, 2, 1) @ rows
-    information += 1e-12 * np.trace(information, axis1=1, axis2=2)[:, None, None] * np.eye(information.shape[1])
-    places, kind = np.unique([(c.n, c.d, c.c) for c in candidates], axis=0, return_inverse=True)
-    mine = np.array([c.arm == fit.points.name for c in candidates])
-    # a run of another arm is of the last kind, which tells nothing
-    kind = np.where(mine, kind.ravel(), len(places))
-    vectors = _log_gradient(fit, thetas, [dict(zip(("n", "d", "c"), p, strict=True)) for p in places.tolist()])
-    vectors = np.concatenate([vectors, np.zeros_like(vectors[:, :1])], axis=1)
+def _wanted(fit: Fit, goal: Goal, thetas: Array) -> Array:
+    """The gradient of what is to be known, per draw: (S, p)."""
     if goal.kind == "exponent":
         index = [p for p, held in zip(fit.law.parameters, fit.frozen, strict=True) if not held].index(goal.parameter)
-        wanted = np.zeros((len(thetas), information.shape[1]))
-        wanted[:, index] = 1.0
-    else:
-        assert goal.place is not None
-        wanted = _log_gradient(fit, thetas, [goal.place])[:, 0]
-    sigma = float(np.sqrt(fit.within[0] + fit.between[0]))
-    return _Side(information, wanted, vectors, kind, sigma, fit.within[1])
+        return np.tile(np.eye(fit.free)[index], (len(thetas), 1))
+    assert goal.place is not None
+    return _log_gradient(fit, thetas, [goal.place])[:, 0]
 
 
-def _half_widths(sides: Sequence[_Side], extra: int, level: float) -> Array:
-    """Half-width of the goal's interval per draw (S,), with `extra` runs already in the information."""
-    variance = sum(
-        s.sigma**2 * np.einsum("sp,sp->s", s.goal, np.linalg.solve(s.information, s.goal[:, :, None])[:, :, 0])
-        for s in sides
-    )
-    dof = sum(s.dof for s in sides) + extra
-    return two_sided(level, dof) * np.sqrt(np.maximum(variance, 0.0))
+def _side(
+    fit: Fit, goal: Goal, candidates: Sequence[Candidate], present: Mapping[int, str], rng: np.random.Generator
+) -> Side:
+    thetas, points = np.vstack([fit.theta, draw(fit, DRAWS - 1, rng)]), fit.points
+    held = [{axis: float(points.axis(axis)[i]) for axis in fit.law.axes} for i in range(len(points))]
+    x = _log_gradient(fit, thetas, held)
+    information = x.transpose(0, 2, 1) @ x
+    information += 1e-12 * np.trace(information, axis1=1, axis2=2)[:, None, None] * np.eye(information.shape[1])
+    places, kind = np.unique([(c.n, c.d, c.c) for c in candidates], axis=0, return_inverse=True)
+    # a run of another arm is of the last kind, which tells nothing
+    kind = np.where([c.arm == points.name for c in candidates], kind.ravel(), len(places))
+    vectors = _log_gradient(fit, thetas, [dict(zip(("n", "d", "c"), p, strict=True)) for p in places.tolist()])
+    vectors = np.concatenate([vectors, np.zeros_like(vectors[:, :1])], axis=1)
+    # a trunk of the table is known by name where its rows have one
+    rows = [present.get(int(row), f"#{code}") for row, code in zip(points.rows, points.cluster, strict=True)]
+    names, trunks = np.unique([*rows, *(c.trunk for c in candidates)], return_inverse=True)
+    of_rows, of_candidates = trunks[: len(rows)], trunks[len(rows) :]
+    sums = np.eye(len(names))[of_rows].T @ x
+    meat, runs = sums.transpose(0, 2, 1) @ sums, np.bincount(of_rows, minlength=len(names))
+    goals = _wanted(fit, goal, thetas)
+    return Side(goals, information, meat, sums, runs, vectors, kind, of_candidates, fit.within, fit.between)
 
 
-def _after_each(sides: Sequence[_Side], extra: int, level: float) -> Array:
-    """Mean log half-width (K,) after adding each candidate alone (Sherman-Morrison)."""
-    variance: Array | float = 0.0
-    for s in sides:
-        solved = np.linalg.solve(s.information, np.concatenate([s.goal[:, None], s.vectors], axis=1).transpose(0, 2, 1))
-        toward, spread = solved[:, :, 0], solved[:, :, 1:]
-        base = np.einsum("sp,sp->s", s.goal, toward)
-        gain = np.einsum("sp,spk->sk", s.goal, spread) ** 2 / (1 + np.einsum("skp,spk->sk", s.vectors, spread))
-        variance = variance + s.sigma**2 * np.maximum(base[:, None] - gain, 1e-300)[:, s.kind]
-    dof = sum(s.dof for s in sides) + extra + 1
-    return np.log(two_sided(level, dof) * np.sqrt(variance)).mean(0)
+def _half_widths(sides: Sequence[Side], level: float) -> Array:
+    """Half-width of the goal's interval per draw (S,)."""
+    return half_widths([part for side in sides for part in side.parts()], level)
 
 
-def _add(sides: Sequence[_Side], index: int) -> None:
-    for s in sides:
-        v = s.vectors[:, s.kind[index]]
-        s.information = s.information + v[:, :, None] * v[:, None, :]
-
-
-def _copies(sides: Sequence[_Side]) -> list[_Side]:
-    return [_Side(s.information.copy(), s.goal, s.vectors, s.kind, s.sigma, s.dof) for s in sides]
+def _after_each(sides: Sequence[Side], level: float) -> Array:
+    """Mean log half-width (K,) after adding each candidate alone."""
+    return np.log(half_widths([part for side in sides for part in side.parts_with_each()], level)).mean(0)
 
 
 def _greedy(
-    sides: Sequence[_Side], candidates: Sequence[Candidate], budget: float, level: float, thrift: float
+    sides: Sequence[Side], candidates: Sequence[Candidate], budget: float, level: float, thrift: float
 ) -> list[int]:
     """Adds the run with the best gain per price^thrift until nothing affordable helps."""
-    sides, chosen, basket = _copies(sides), [], _Basket()
+    sides, chosen, basket = [side.copy() for side in sides], [], _Basket()
     costs = np.array([basket.cost(c) for c in candidates])
     open_ = np.ones(len(candidates), bool)
     while True:
-        now = float(np.log(_half_widths(sides, len(chosen), level)).mean())
-        gains = now - _after_each(sides, len(chosen), level)
+        now = float(np.log(_half_widths(sides, level)).mean())
+        gains = now - _after_each(sides, level)
         rates = gains / np.maximum(costs, 1e-12 * budget) ** thrift
         rates[~open_ | (gains <= 0) | (basket.spent + costs > budget * (1 + 1e-12))] = -np.inf
         best = int(np.argmax(rates))
@@ -183,7 +155,8 @@ def _greedy(
             return chosen
         chosen.append(best)
         open_[best] = False
-        _add(sides, best)
+        for side in sides:
+            side.add(best)
         basket.add(candidates[best])
         for k, c in enumerate(candidates):
             if c.trunk == candidates[best].trunk:
@@ -206,20 +179,26 @@ def even_spread(candidates: Sequence[Candidate], budget: float) -> list[int]:
     return chosen
 
 
-def expected(sides: Sequence[_Side], chosen: Sequence[int], level: float) -> float:
+def expected(sides: Sequence[Side], chosen: Sequence[int], level: float) -> float:
     """Geometric mean over the draws of the goal's half-width with the chosen runs."""
-    sides = _copies(sides)
-    for k in chosen:
-        _add(sides, k)
-    return float(np.exp(np.log(_half_widths(sides, len(chosen), level)).mean()))
+    sides = [side.copy() for side in sides]
+    for side in sides:
+        for k in chosen:
+            side.add(k)
+    return float(np.exp(np.log(_half_widths(sides, level)).mean()))
 
 
-def advise(goal: Goal, candidates: Sequence[Candidate], budget: float) -> Advice:
-    """The best of several greedy sets within `budget` (in the candidates' prices); deterministic."""
+def advise(
+    goal: Goal, candidates: Sequence[Candidate], budget: float, present: Mapping[int, str] | None = None
+) -> Advice:
+    """The best of several greedy sets within `budget` (in the candidates' prices); deterministic.
+
+    `present` names the trunks of the table's rows, which candidates may go on from.
+    """
     rng = np.random.default_rng(0)
     names = {f.points.name for f in goal.fits}
     usable = [c for c in candidates if c.arm in names and c.price <= budget]
-    sides = [_side(f, goal, usable, rng) for f in goal.fits]
+    sides = [_side(f, goal, usable, present or {}, rng) for f in goal.fits]
     sets = [_greedy(sides, usable, budget, goal.level, thrift) for thrift in (1.0, 0.5, 0.0)] if usable else [[]]
     even = even_spread(usable, budget)
     chosen = min([*sets, even], key=lambda s: expected(sides, s, goal.level))

@@ -19,6 +19,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
 
 from analysis.advice import GOALS, Advice, Candidate, Goal, advise  # noqa: E402
 from analysis.allocation import allocation, cost_law  # noqa: E402
@@ -179,6 +180,10 @@ def _in_words(found: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"wrote {p}" for p in found["files"])])
 
 
+def _trunks(frame: pd.DataFrame) -> dict[int, str]:
+    return dict(zip(frame["_row"].tolist(), frame["trunk_id"].astype(str), strict=True)) if "trunk_id" in frame else {}
+
+
 def recommend(args: argparse.Namespace) -> dict[str, Any]:
     """Chooses, writes the sweep files, notes the choice in the table's laws.json where there is one."""
     result = study(load(args.table), Choice(metrics=(args.metric,), level=args.level))
@@ -186,7 +191,8 @@ def recommend(args: argparse.Namespace) -> dict[str, Any]:
     done = set(result.table.frame["run_id"].astype(str)) if "run_id" in result.table.frame else set()
     by_hours = args.budget_gpu_hours is not None
     offered, rows = candidates(args.plan, done, by_hours)
-    advice = advise(goal, offered, args.budget_gpu_hours if by_hours else args.budget_flops)
+    budget = args.budget_gpu_hours if by_hours else args.budget_flops
+    advice = advise(goal, offered, budget, _trunks(result.table.frame))
     chosen = [rows[c.run_id] for c in advice.chosen]
     if not chosen:
         arms = " and ".join(f.points.name for f in goal.fits)

@@ -4,18 +4,21 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.advice import Candidate, Goal, advise, price
+from analysis.advice import Candidate, Goal, _side, advise, price
 from analysis.fit import fit
+from analysis.information import half_widths
 from analysis.intervals import parameter_intervals
 from analysis.laws import law
 from analysis.recommend import blocks, main
-from analysis.simulate import chinchilla_points, grid, ladder
+from analysis.simulate import chinchilla_points, grid, ladder, trunk_points
+from analysis.solver import Objective
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +51,70 @@ def test_what_is_expected_before_is_what_was_fitted(goal: Goal) -> None:
     low, high = parameter_intervals(goal.fits[0])["alpha"]
     # the advice averages over draws of the parameters, and the inflation of Huber's estimator is left out of it
     assert advise(goal, candidates(), 1e30).before == pytest.approx((high - low) / 2, rel=0.35)
+
+
+@pytest.fixture(scope="module")
+def trunks() -> Goal:
+    """A ladder of trunks that differ by as much as runs do, fitted by least squares."""
+    points = trunk_points(6, 4, 2, 0.005, np.random.default_rng(0))
+    return Goal("exponent", (fit(law("chinchilla"), points, Objective("lse-log")),))
+
+
+def offers(goal: Goal) -> list[Candidate]:
+    """A branch of the table's first trunk, two branches of a new one, and one of another arm, all at one place."""
+    n, d = float(goal.fits[0].points.n[0]), float(goal.fits[0].points.d[0]) * 3
+    arms = (("all", "#0"), ("all", "new"), ("all", "new"), ("other", "its"))
+    return [Candidate(str(k), arm, trunk, n, d, 1.0, 1.0, 1.0) for k, (arm, trunk) in enumerate(arms)]
+
+
+def test_what_lies_between_trunks_is_in_the_variance_as_in_the_fit_s(trunks: Goal) -> None:
+    fitted = trunks.fits[0]
+    assert fitted.between[0] > 0
+    side = _side(fitted, trunks, offers(trunks), {}, np.random.default_rng(0))
+    found = sum(variance[0] for variance, _ in side.parts())
+    index = fitted.law.parameters.index("alpha")
+    assert found == pytest.approx(fitted.covariance[index, index], rel=1e-3)
+
+
+def test_each_candidate_s_worth_is_what_adding_it_gives(trunks: Goal) -> None:
+    side = _side(trunks.fits[0], trunks, offers(trunks), {}, np.random.default_rng(0))
+    side.add(1)
+    said = half_widths(side.parts_with_each(), 0.95)
+    for k in range(4):
+        grown = side.copy()
+        grown.add(k)
+        assert half_widths(grown.parts(), 0.95) == pytest.approx(said[:, k], rel=1e-6)
+    before = half_widths(side.parts(), 0.95)
+    assert said[:, 3] == pytest.approx(before), "a run of another arm tells nothing"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_bought_runs_tell_is_what_refits_say(trunks: Goal, shared: bool) -> None:
+    """Eight runs at the ladder's top, as branches of one trunk and as trunks: how far the law's value there strays."""
+    points = trunks.fits[0].points
+    place = {"n": float(points.n.max()), "d": float(points.d.max())}
+    more = [Candidate(str(k), "all", "one" if shared else str(k), *place.values(), 1.0, 1.0, 1.0) for k in range(8)]
+    goal = replace(trunks, kind="prediction", place=place)
+    side = _side(goal.fits[0], goal, more, {}, np.random.default_rng(0))
+    variance = [float(sum(v[0] for v, _ in side.parts()))]
+    for k in range(8):
+        side.add(k)
+        variance.append(float(sum(v[0] for v, _ in side.parts())))
+    values = [np.log(_value_with_eight(shared, place, np.random.default_rng(s))) for s in range(60)]
+    # half of a run's variance is its trunk's: of eight branches it stays whole
+    assert variance[-1] > 0.5 * variance[0] if shared else variance[-1] < 0.3 * variance[0]
+    assert float(np.std(values)) == pytest.approx(np.sqrt(variance[-1]), rel=0.3)
+
+
+def _value_with_eight(shared: bool, place: dict[str, float], rng: np.random.Generator) -> float:
+    first = trunk_points(6, 4, 2, 0.005, rng)
+    added = chinchilla_points(*(np.full(8, v) for v in place.values()), 0.005, rng)
+    luck = np.full(8, rng.normal()) if shared else rng.normal(size=8)
+    y = np.concatenate([first.y, added.y * np.exp(0.005 * luck)])
+    axes = {k: np.concatenate([first.axis(k), added.axis(k)]) for k in ("n", "d", "c")}
+    rows = np.arange(len(y))
+    both = replace(first.take(np.zeros(len(y), int)), y=y, rows=rows, cluster=rows, **axes)
+    return float(fit(law("chinchilla"), both, Objective("lse-log"), thorough=False).predict(**place)[0])
 
 
 def test_a_larger_budget_never_does_worse(goal: Goal) -> None:
