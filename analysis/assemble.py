@@ -20,6 +20,7 @@ from analysis.laws import Law, law
 from analysis.links import ceiling_band, link
 from analysis.matched import matched
 from analysis.noise import pooled, seed_noise, unlike
+from analysis.optima import optima
 from analysis.points import Points
 from analysis.predictions import keep_record, register
 from analysis.rollout import Refit, on_common_rows, rollout, score
@@ -184,6 +185,7 @@ def assemble(result: Study, predictions: Path | None, planned: Sequence[dict] = 
         "allocation": joint,
         "isoflop": [row for p in headline for row in profiles(p, choice.level, of.get((p.metric, p.name)))],
         "composition": composition(result.sound, choice.level),
+        "optima": optima(result.points, result.table.frame, choice.level),
         "links": _links(result, losses, refits),
         "ceilings": [row for p in scores for row in ceiling_band(p, lambda chosen, points: refits.of(chosen)(points))],
         **compared,

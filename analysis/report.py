@@ -24,14 +24,15 @@ if str(ROOT) not in sys.path:
 import jinja2  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from analysis import beside, diagnostics, figures, listings, names, panels, pictures, words  # noqa: E402
+from analysis import beside, diagnostics, figures, listings, names, panels, pictures, tuned, words  # noqa: E402
 from analysis.document import write  # noqa: E402
 
 Document = dict[str, Any]
 LISTINGS = (
-    "glance", "laws", "remarks", "choice", "rollouts", "calibration", "predictions", "crossings", "chances",
-    "matches", "contrasts", "compositions", "links", "ceilings", "allocations", "isoflops", "sensitivities", "noise",
-    "runs", "excluded",
+    listings.glance, tuned.optima, listings.laws, listings.remarks, listings.choice, listings.rollouts,
+    listings.calibration, listings.predictions, listings.crossings, listings.chances, listings.matches,
+    listings.contrasts, listings.compositions, listings.links, listings.ceilings, listings.allocations,
+    listings.isoflops, listings.sensitivities, listings.noise, listings.runs, listings.excluded,
 )  # fmt: skip
 TEMPLATES = Path(__file__).parent / "templates"
 # a report has some twenty figures: more processes would only be started
@@ -59,9 +60,11 @@ class Job:
 
 
 def _ladders(doc: Document) -> Iterator[Job]:
-    """The metrics along sizes and images."""
+    """The metrics along sizes and images, and along what was varied at every size."""
     for metric in figures.headline_metrics(doc):
         title = words.capital(names.title_of(metric))
+        caption = f"{title} against what was varied, a line a model size; dotted: the best value."
+        yield Job(metric, f"{metric}-tuned", caption, partial(tuned.curves, doc, metric))
         data_ladder = figures.is_data_ladder(doc, metric)
         for axis in ("d",) if data_ladder else ("n", "c"):
             caption = f"{title} against {figures.axis_name(doc, axis)}."
@@ -111,7 +114,7 @@ def _figures(doc: Document, folder: Path) -> list[dict[str, Any]]:
 
 
 def _context(doc: Document, folder: Path, samples: Path) -> dict[str, Any]:
-    listed = {name: getattr(listings, name)(doc) for name in LISTINGS}
+    listed = {listing.__name__: listing(doc) for listing in LISTINGS}
     return {
         "doc": doc, "figures": _figures(doc, folder), "samples": pictures.samples(doc, samples), "listed": listed,
         "summary": words.summary(doc), "verdicts": listings.verdicts(doc),

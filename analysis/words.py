@@ -73,7 +73,7 @@ def _headlines(doc: Document, metric: str) -> list[str]:
         of = f"along {axes[0]}" if len(axes) == 1 else f"joint in {' and '.join(axes)}"
         out.append(f"{label_of(m['group'])} {', '.join(values)} ({best['law']}, {of})")
     lines = [f"Exponents of {title_of(metric)} that the data carry: {'; '.join(out)}."] if out else []
-    if silent:
+    if silent and doc["fits"]:
         lines.append(
             f"The data carry no exponent of a law of {title_of(metric)} for {', '.join(silent)}: half-widths exceed "
             f"{HEADLINE_HALF_WIDTH} or a guard forbids it; the table of laws has the numbers."
@@ -129,6 +129,21 @@ def _told_apart(doc: Document, metric: str) -> str | None:
     return f"{line}, most surely {label_of(groups[most['a']])} {side} {label_of(groups[most['b']])}: {effect}."
 
 
+def _tuned(doc: Document) -> list[str]:
+    """How the best value of what was varied at every size moves with size."""
+    out = []
+    for metric, setting, along in dict.fromkeys((o["metric"], o["setting"], o["along"]) for o in doc.get("optima", [])):
+        found = [o for o in doc["optima"] if (o["metric"], o["setting"]) == (metric, setting)]
+        known = [(label_of(o["group"]), *o["moves"]) for o in found if o["moves"]]
+        moves = [f"{label} {digits(power, 3)} {span(ends)}" for label, power, *ends in known]
+        beyond = [label_of(o["group"]) for o in found if any(s["at_end"] for s in o["sizes"])]
+        line = f"The best {setting} for {title_of(metric)} moves with {along} by the power " + "; ".join(moves)
+        rest = f"At some size it is the first or the last that was tried in {', '.join(beyond)}."
+        out += [f"{line}."] if moves else []
+        out += [rest] if beyond else []
+    return out
+
+
 def _by_chance(doc: Document, metrics: Sequence[str]) -> str | None:
     """What so many comparisons would show where there is nothing."""
     made, share = sum(len(_pairs(doc, m)[0]) for m in metrics), round(1 / (1 - doc["level"]))
@@ -148,6 +163,7 @@ def summary(doc: Document) -> list[str]:
     if flat:
         whole = [metric for metric in metrics if not is_part(metric)]
         out += [*(_told_apart(doc, metric) for metric in whole), _by_chance(doc, whole)]
+    out += _tuned(doc)
     if doc["verdicts"]:
         counts = {state: sum(v["verdict"] == state for v in doc["verdicts"]) for state in VERDICTS}
         out.append(

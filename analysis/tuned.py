@@ -1,0 +1,69 @@
+"""What the report shows of a setting that was varied at every size: curves, the best value, and how it moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from analysis.figures import arms
+from analysis.listings import Listing
+from analysis.names import heading_of, label_of, title_of
+from analysis.panels import colour, grid, log_axis, short
+from analysis.table import is_part
+from analysis.words import digits, span
+
+Document = dict[str, Any]
+
+
+def _of(doc: Document, metric: str) -> list[Document]:
+    return [o for o in doc.get("optima", []) if o["metric"] == metric]
+
+
+def curves(doc: Document, metric: str) -> Figure | None:
+    """The metric along the setting, a line a size, darker for larger; a star where a parabola has it best."""
+    found = _of(doc, metric)
+    if not found:
+        return None
+    figure, axes = grid(len(found), columns=4, width=2.4, height=2.6)
+    for ax, o in zip(axes, found, strict=True):
+        tint = colour(o["group"], arms(doc))
+        for rank, s in enumerate(o["sizes"], 1):
+            shade = 0.3 + 0.7 * rank / len(o["sizes"])
+            y, bars = np.array(s["y"]), 1.96 * np.array(s["error"])
+            ax.errorbar(s["values"], y, bars, color=tint, alpha=shade, linewidth=1.1, marker="o", markersize=3,
+                        label=s["size"] or short(s["n"]))  # fmt: skip
+            if not s["at_end"]:
+                ax.axvline(s["best"], color=tint, alpha=shade, linewidth=0.8, linestyle=":")
+        ax.set_xscale("log")
+        log_axis(ax.xaxis, *ax.get_xlim())
+        if o["kind"] != "score":
+            ax.set_yscale("log")
+            log_axis(ax.yaxis, *ax.get_ylim())
+        ax.tick_params(labelsize=6.5)
+        ax.set_title(heading_of(o["group"]), fontsize=8)
+        ax.set_xlabel(o["setting"], fontsize=7)
+        ax.legend(fontsize=6, loc="best")
+    axes[0].set_ylabel(title_of(metric), fontsize=7.5)
+    return figure
+
+
+def optima(doc: Document) -> Listing:
+    """One row a group and size: what was tried, where it is best, and how the best value moves with size."""
+    rows = []
+    for o in (o for o in doc.get("optima", []) if not is_part(o["metric"])):
+        for s in o["sizes"]:
+            tried, last = ", ".join(f"{v:.4g}" for v in s["values"]), s is o["sizes"][-1]
+            best = f"{digits(s['best'], 3)} (the {'last' if s['best'] == s['values'][-1] else 'first'} one)"
+            place = best if s["at_end"] else f"{digits(s['best'], 3)} {span(s['interval'])}"
+            moves = f"{o['along']}^{digits(o['moves'][0], 3)} {span(o['moves'][1:])}" if last and o["moves"] else ""
+            rows.append((title_of(o["metric"]), label_of(o["group"]), s["size"] or short(s["n"]), o["setting"], tried,
+                         place, moves))  # fmt: skip
+    note = (
+        "A parabola through the best value and its neighbours, in the logs (scores as they are). Intervals hold the "
+        "evaluation's errors, and those of seeds where a value was run with several. How it moves: the exponent along "
+        "the sizes whose best value lies between others."
+    )
+    return Listing("The best value of what was varied", note,
+                   ("metric", "arm", "size", "setting", "tried", "best", "moves as"), rows)  # fmt: skip
