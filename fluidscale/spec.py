@@ -25,6 +25,7 @@ from fluidscale.limits import (
     Range,
     Share,
 )
+from fluidscale.objects import CLASSES, COLORS
 
 TOKEN_KINDS = ("continuous", "discrete")
 ORDERS = ("random", "raster")
@@ -110,8 +111,8 @@ class WorldSpec:
     """Settings of the embedded world: one world, made small or large by these numbers."""
 
     resolution: Annotated[int, Range(least=8)]
-    classes: tuple[str, ...]
-    colors: tuple[str, ...]
+    classes: tuple[Annotated[str, OneOf(CLASSES)], ...]
+    colors: tuple[Annotated[str, OneOf(tuple(COLORS))], ...]
     max_objects: Annotated[int, Range(least=2, most=4)]
     icon_sizes: tuple[Annotated[int, Range(least=4)], ...]  # side in px for scenes of 1, 2, .. max_objects icons
     size_jitter: Annotated[float, Range(least=0, below=1)] = 0.0  # icons are scaled by 1 +- this, uniformly

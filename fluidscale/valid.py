@@ -48,6 +48,9 @@ def check_model(model: ModelSpec) -> None:
 
 def check_world(world: WorldSpec, where: str) -> None:
     """Raises InvalidInput when the numbers of a world do not fit together."""
+    for what, names in (("classes", world.classes), ("colors", world.colors)):
+        if len(set(names)) < max(len(names), 2):
+            raise InvalidInput(f"{where}: {what} must be at least two, each named once, got {list(names)}")
     if len(world.icon_sizes) != world.max_objects:
         raise InvalidInput(f"{where}: icon_sizes must name {world.max_objects} sizes, got {list(world.icon_sizes)}")
 

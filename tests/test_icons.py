@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fluidscale.objects import CLASSES, COLORS, OPENMOJI
 from fluidscale.spec import InvalidInput
 from fluidscale.sweep import load_world
 from fluidscale.world import World
 from fluidscale.world.backgrounds import MIN_CONTRAST, lab
-from fluidscale.world.classes import CLASSES, COLORS, OPENMOJI
 from fluidscale.world.icons import OWN_SVG, body, master, sprite, tinted
 
 

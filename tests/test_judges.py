@@ -19,8 +19,8 @@ from fluidscale.evaluate.judges.dinov2 import load_dinov2
 from fluidscale.evaluate.judges.mask2former import instances, load_mask2former, prepared
 from fluidscale.evaluate.judges.pretrained import pixels_of
 from fluidscale.evaluate.protocol import Detection
+from fluidscale.objects import CLASSES, COLORS
 from fluidscale.spec import InvalidInput
-from fluidscale.world.classes import CLASSES, COLORS
 
 
 @pytest.fixture(scope="module")

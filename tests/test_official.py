@@ -20,9 +20,9 @@ from fluidscale.evaluate.judges.pretrained import weights_sha256
 from fluidscale.evaluate.judges.selftest import GOLDEN, features_golden, self_tested
 from fluidscale.evaluate.protocol import Detection
 from fluidscale.evaluate.samples import read_samples
+from fluidscale.objects import CLASSES, COLORS
 from fluidscale.spec import InvalidInput
 from fluidscale.world.captions import TAGS
-from fluidscale.world.classes import CLASSES, COLORS
 from fluidscale.world.prompts import PROTOCOL
 
 FEW = dict.fromkeys(TAGS, 1)

@@ -57,6 +57,8 @@ def changed(spec, key, value):
         ("discrete-random", "data.world.max_objects", 5, "data: world: max_objects: .*at most 4"),
         ("discrete-random", "data.world.position_step", 0, "data: world: position_step: expected at least 1"),
         ("discrete-random", "data.world.icon_sizes", [22], "icon_sizes must name 3 sizes"),
+        ("discrete-random", "data.world.classes", ["cat", "aple"], "classes.1.: unknown 'aple'; did you mean 'apple'"),
+        ("discrete-random", "data.world.colors", ["red"], "colors must be at least two"),
         ("discrete-random", "train.lr", 0, "train: lr: expected above 0"),
         ("discrete-random", "train.lr_vectors", 0, "train: lr_vectors: expected above 0"),
         ("discrete-random", "train.batch", 0, "train: batch: expected at least 1"),

@@ -8,11 +8,11 @@ import json
 import numpy as np
 import pytest
 
+from fluidscale.objects import CLASSES, COLORS
 from fluidscale.spec import InvalidInput
 from fluidscale.sweep import load_world
 from fluidscale.world import TAGS, World
 from fluidscale.world.captions import RELATIONS, article, plural
-from fluidscale.world.classes import CLASSES, COLORS
 
 
 @pytest.fixture(scope="module")
@@ -333,8 +333,8 @@ def test_a_users_prompt_file_is_read_as_it_is(small: World, tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"classes": ("cat", "dragon")}, "unknown classes .'dragon'.; known: person"),
-        ({"colors": ("red", "gold")}, "unknown colors .'gold'."),
+        ({"classes": ("cat", "dragon")}, "world: classes.1.: unknown 'dragon'; did you mean .*known: person"),
+        ({"colors": ("red", "gold")}, "colors.1.: unknown 'gold'"),
         ({"colors": ("red",)}, "at least two"),
         ({"classes": ("cat", "cat", "dog")}, "each named once"),
         ({"max_objects": 5, "icon_sizes": (8,) * 5}, "max_objects"),

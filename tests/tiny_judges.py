@@ -16,7 +16,7 @@ from transformers import (
     SwinConfig,
 )
 
-from fluidscale.world.classes import CLASSES
+from fluidscale.objects import CLASSES
 
 
 def mask2former(seed: int = 0) -> Mask2FormerForUniversalSegmentation:

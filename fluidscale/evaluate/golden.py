@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fluidscale.objects import COLORS
 from fluidscale.record import read_json
 from fluidscale.spec import InvalidInput
 from fluidscale.tokens.image import to_pixels
-from fluidscale.world.classes import COLORS
 
 # Numbers of a GPU differ from a CPU's by rounding, of which TF32 has most; a failing kernel differs in the first digit.
 TOLERANCE = 0.01

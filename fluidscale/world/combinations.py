@@ -15,9 +15,9 @@ import json
 
 import numpy as np
 
+from fluidscale.objects import UNCOLORED
 from fluidscale.spec import InvalidInput, WorldSpec
 from fluidscale.world.captions import RELATIONS, TAGS, Content
-from fluidscale.world.classes import UNCOLORED
 
 # train and seen draw from the same contents by different random streams.
 SPLITS = ("train", "seen", "unseen", "all")

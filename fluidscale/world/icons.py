@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fluidscale.objects import COLORS, OPENMOJI
 from fluidscale.spec import InvalidInput
-from fluidscale.world.classes import COLORS, OPENMOJI
 
 OWN_SVG = Path(__file__).resolve().parent / "svg"
 

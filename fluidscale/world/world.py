@@ -15,7 +15,6 @@ from fluidscale.spec import WorldSpec, digest
 from fluidscale.valid import check_world
 from fluidscale.world.backgrounds import BACKGROUNDS, fitting
 from fluidscale.world.captions import RELATIONS, TAGS, TEXT_LENGTH, Content, Vocabulary, metadata
-from fluidscale.world.classes import CLASSES, COLORS
 from fluidscale.world.combinations import Combinations
 from fluidscale.world.layouts import layouts
 from fluidscale.world.prompts import PROTOCOL, read_content, read_prompts
@@ -39,7 +38,7 @@ class World:
     """Scenes, pictures, captions and prompts of one WorldSpec. Raises InvalidInput if the spec cannot be built."""
 
     def __init__(self, spec: WorldSpec) -> None:
-        _check(spec)
+        check_world(checked(spec, "world"), "world")
         self.spec = spec
         self.text_length = TEXT_LENGTH
         self._words = Vocabulary(spec)
@@ -171,13 +170,3 @@ def _key(spec: WorldSpec, use: str) -> int:
 
 def _rng(spec: WorldSpec, use: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=_key(spec, use)))
-
-
-def _check(spec: WorldSpec) -> None:
-    """Raises InvalidInput on settings that no world can have."""
-    check_world(checked(spec, "world"), "world")
-    for what, names, known in (("classes", spec.classes, CLASSES), ("colors", spec.colors, tuple(COLORS))):
-        if unknown := [name for name in names if name not in known]:
-            raise InvalidInput(f"world: unknown {what} {unknown}; known: {', '.join(known)}")
-        if len(set(names)) < max(len(names), 2):
-            raise InvalidInput(f"world: {what} must be at least two, each named once, got {list(names)}")

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fluidscale.evaluate.judges.pretrained import load_pretrained, pixels_of
 from fluidscale.evaluate.protocol import Detection
+from fluidscale.objects import COLORS
 from fluidscale.spec import InvalidInput
-from fluidscale.world.classes import COLORS
 
 # openai/CLIP, clip/clip.py: the normalisation of its own images.
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fluidscale.evaluate.judges.pretrained import load_pretrained
+from fluidscale.objects import CLASSES
 from fluidscale.spec import InvalidInput
-from fluidscale.world.classes import CLASSES
 
 _STAGE = r"backbone\.stages\.(\d+)"
 _BLOCK = rf"{_STAGE}\.blocks\.(\d+)"

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fluidscale.evaluate.judges.pretrained import load_pretrained
 from fluidscale.evaluate.protocol import Detection
+from fluidscale.objects import CLASSES, COLORS
 from fluidscale.spec import InvalidInput
-from fluidscale.world.classes import CLASSES, COLORS
 
 # mmdet: configs/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco.py: img_scale, size_divisor, img_norm_cfg.
 LONG_SIDE, SHORT_SIDE, DIVISOR = 1333, 800, 32

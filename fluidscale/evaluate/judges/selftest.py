@@ -17,8 +17,8 @@ from fluidscale.evaluate.extract import Extractor
 from fluidscale.evaluate.golden import compare, fixed_pictures
 from fluidscale.evaluate.judges.clip import Clip
 from fluidscale.evaluate.judges.mask2former import Mask2FormerDetector
+from fluidscale.objects import COLORS
 from fluidscale.record import read_json, write_json
-from fluidscale.world.classes import COLORS
 
 GOLDEN = "golden.json"
 
