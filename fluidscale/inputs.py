@@ -7,16 +7,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fluidscale.limits import InvalidInput, unknown_key
+from fluidscale.limits import AtLeastOne, Count, InvalidInput, OneOf, from_dict, mapping, unknown_key
 from fluidscale.record import read_json
+from fluidscale.spec import TOKEN_KINDS
 
 CARDS = Path(__file__).resolve().parent / "tokens" / "weights"
 # What a planned-only tokenizer says of itself; a card and a manifest say more.
 _TOKENIZER = ("kind", "grid", "channels", "vocab_size")
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What a card must say of a trained tokenizer's tokens."""
+
+    kind: Annotated[str, OneOf(TOKEN_KINDS)]
+    resolution: AtLeastOne
+    grid: AtLeastOne
+    channels: Count
+    vocab_size: Count
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,14 @@ def read_card(name: str, where: str) -> dict[str, Any]:
     """What a tokenizer's card says of its tokens: a shipped one by name, a user's by the path of its .safetensors."""
     path = Path(name).with_suffix(".json") if name.endswith(".safetensors") else CARDS / f"{name}.json"
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        card = mapping(json.loads(path.read_text()), str(path))
+    except (OSError, ValueError) as error:
         known = ", ".join(sorted(p.stem for p in CARDS.glob("*.json")))
         raise InvalidInput(f"{where}: no tokenizer {name!r} ({path} unreadable); shipped: {known}") from error
+    check_card(card, str(path))
+    return card
+
+
+def check_card(card: dict[str, Any], where: str) -> None:
+    """Raises InvalidInput for a card that does not say what a tokenizer's tokens are."""
+    from_dict(_Tokens, {field.name: card[field.name] for field in fields(_Tokens) if field.name in card}, where)

@@ -19,6 +19,7 @@ import numpy as np
 from fluidscale.inputs import there
 from fluidscale.limits import InvalidInput, unknown_key
 from fluidscale.spec import RunSpec
+from fluidscale.valid import check
 
 # Published judges by the metric they give: the count of `evaluate` that they look at, and the files they need.
 JUDGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -61,7 +62,9 @@ class Judges:
         if not asked:
             return spec
         prompts = {f"{name}_sha256": sha256 for name, (sha256, _) in self.prompts.items() if name in needed}
-        return replace(spec, evaluate=replace(evaluate, judges=tuple(sorted(asked)), **prompts))
+        judged = replace(spec, evaluate=replace(evaluate, judges=tuple(sorted(asked)), **prompts))
+        check(judged, f"{self.where}: {spec.arm} {spec.size}")
+        return judged
 
     def _rules(self, spec: RunSpec, side: int | None, needed: set[str]) -> Iterator[tuple[Any, str]]:
         """Whether something is wrong, and what."""

@@ -122,7 +122,7 @@ def _evaluate_faults(spec: RunSpec) -> Iterator[str]:
     # A denoising head that draws nothing needs no solver.
     if model.head is None or draws or evaluate.sampling.solver != "none":
         yield from _within(_drawing_faults(evaluate.sampling, model.head.objective if model.head else None))
-    if spec.data.world and 0 < evaluate.fd_images < LEAST_FD_IMAGES:
+    if (spec.data.world or {"fid", "fd"} & {*evaluate.judges}) and 0 < evaluate.fd_images < LEAST_FD_IMAGES:
         yield f"evaluate.fd_images is {evaluate.fd_images}: a distance needs at least {LEAST_FD_IMAGES}; or set it to 0"
 
 

@@ -197,6 +197,7 @@ def test_judges_are_part_of_the_plan_and_of_its_price(stack, capsys):
         ),
         ({**FILES, "dinov2_reference": "texts.txt"}, COUNTS, "not reference statistics of this program"),
         (FILES, COUNTS.replace("9", "13"), "evaluate.fd_images is 13, "),
+        (FILES, COUNTS.replace("9", "3"), "discrete-raster 50K: evaluate.fd_images is 3: a distance needs at least 4"),
         ({}, "geneval_images_per_prompt: 4, fd_images: 0", "evaluate.geneval_images_per_prompt needs judges: geneval_"),
         ({}, "geneval_images_per_prompt: 0, fd_images: 9", "evaluate.fd_images needs judges: fid_prompts + inception"),
     ],

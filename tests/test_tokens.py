@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fluidscale.inputs import read_card
 from fluidscale.pretrain import psnr, reconstruct
 from fluidscale.spec import InvalidInput
 from fluidscale.sweep import load_world
@@ -131,6 +132,32 @@ def test_damage_is_refused(tmp_path: Path):
     path.with_suffix(".json").write_text("{")
     with pytest.raises(InvalidInput, match="not a card"):
         load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize(
+    "change, planning, loading",
+    [
+        ({"grid": None}, "missing grid", "missing grid"),
+        ({"kind": "features"}, "unknown 'features'", "not a tokenizer"),
+        ({"vocab_size": 512}, "", "does not describe its weights"),
+        ({"network": None}, "", "lacks 'network'"),
+        ({"network": {"widths": [8]}}, "", "lacks 'code_width'"),
+    ],
+)
+def test_a_card_that_is_not_of_its_weights_is_refused_in_one_line(tmp_path, change, planning, loading):
+    for suffix in (".safetensors", ".json"):
+        shutil.copy(shipped.WEIGHTS / f"icons32-vq{suffix}", tmp_path)
+    path = tmp_path / "icons32-vq.safetensors"
+    card = json.loads(path.with_suffix(".json").read_text()) | change
+    path.with_suffix(".json").write_text(json.dumps({key: value for key, value in card.items() if value is not None}))
+    if planning:
+        with pytest.raises(InvalidInput, match=planning):
+            read_card(str(path), "sweep.yaml")
+    else:
+        assert read_card(str(path), "sweep.yaml")["sha256"] == card["sha256"]
+    with pytest.raises(InvalidInput, match=loading) as caught:
+        load_tokenizer(str(path))
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_names_list_the_known_and_judges_are_no_tokenizers():

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
+from fluidscale.inputs import check_card
 from fluidscale.spec import InvalidInput
 from fluidscale.tokens.networks import FACTOR, KLAutoencoder, VQAutoencoder
 from fluidscale.tokens.shipped import verified
@@ -151,6 +152,7 @@ def load_tokenizer(name_or_path: str, device: torch.device | str = "cpu") -> KLT
 
         return as_tokenizer(*load_network(Path(name_or_path)), device)
     network, card = load_carded(name_or_path, "tokenizer", ("continuous", "discrete"), build_network)
+    check_card(card, name_or_path)
     return as_tokenizer(network, card, device)
 
 
@@ -159,13 +161,17 @@ def load_carded(
 ) -> tuple[Network, dict[str, Any]]:
     """What `build` makes of a card, with the weights beside it, and the card; both hash-checked.
 
-    Raises InvalidInput when there is none of this name or path, when it is damaged or its card is of no such kind.
+    Raises InvalidInput when there is none of this name or path, when it is damaged or its card is not of it.
     """
     data, card = verified(name_or_path)
     if card.get("kind") not in kinds:
         raise InvalidInput(f"{name_or_path}: its card says {card.get('kind')!r}, which is not a {what}")
-    network = build(card)
-    load_weights(network, data)
+    try:
+        network = build(card)
+        load_weights(network, data)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise InvalidInput(f"{name_or_path}: its card does not describe its weights ({reason})") from error
     return network, card
 
 
