@@ -16,6 +16,7 @@ from analysis.crossings import draw
 from analysis.fit import Fit
 from analysis.information import Side, half_widths
 from analysis.laws import Array
+from analysis.variances import Spread, has_branches
 
 DRAWS = 24
 GOALS = ("exponent", "prediction", "comparison")
@@ -124,8 +125,17 @@ def _side(
     of_rows, of_candidates = trunks[: len(rows)], trunks[len(rows) :]
     sums = np.eye(len(names))[of_rows].T @ x
     meat, runs = sums.transpose(0, 2, 1) @ sums, np.bincount(of_rows, minlength=len(names))
-    goals = _wanted(fit, goal, thetas)
-    return Side(goals, information, meat, sums, runs, vectors, kind, of_candidates, fit.within, fit.between)
+    spreads = _spreads(fit, len(np.unique(of_candidates)) < len(candidates))
+    return Side(_wanted(fit, goal, thetas), information, meat, sums, runs, vectors, kind, of_candidates, *spreads)
+
+
+def _spreads(fit: Fit, branches: bool) -> tuple[Spread, Spread]:
+    """Variances within a run and between trunks. A table whose trunks have one run each cannot tell them apart: where
+    branches are on offer, half of what it has is taken to be a trunk's."""
+    if fit.between[0] or has_branches(fit.points) or not branches:
+        return fit.within, fit.between
+    half = fit.within[0] / 2, fit.within[1] / 2
+    return half, half
 
 
 def _half_widths(sides: Sequence[Side], level: float) -> Array:

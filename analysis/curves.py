@@ -36,7 +36,7 @@ def learning_curves(table: Table) -> list[dict[str, Any]]:
     key = "trunk_id" if "trunk_id" in frame else "run_id"
     longest = frame.sort_values("images").drop_duplicates(key, keep="last")
     out = []
-    for _, row in longest[longest["run_id"].isin(list(table.curves))].iterrows():
+    for _, row in longest[longest["run_id"].astype(str).isin(list(table.curves))].iterrows():
         images, losses = table.curves[str(row["run_id"])]
         name = {g: str(row[g]) for g in table.columns.group}
         what = {"group": name, "run_id": str(row["run_id"]), "size": str(row.get("size", ""))}

@@ -45,7 +45,7 @@ EXAMPLES = """examples:
 laws: power A N^-a | power-floor E + A N^-a | compute E + A C^-a | chinchilla E + A N^-a + B D^-b | kaplan |
 kaplan-floor (E more) | broken (one break) | logit, logit-joint (bounded scores, along one axis or in N and D). A table
 that cannot answer: one line with a [CODE], exit code 2. per_prompt.parquet and per_image.parquet beside the table pair
-runs prompt by prompt and image by image."""
+runs prompt by prompt and image by image; per_step.parquet has their learning curves."""
 
 
 def parser() -> argparse.ArgumentParser:

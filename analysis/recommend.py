@@ -26,7 +26,7 @@ from analysis.allocation import allocation, cost_law  # noqa: E402
 from analysis.document import plain, write, write_json  # noqa: E402
 from analysis.fit import Fit  # noqa: E402
 from analysis.study import Choice, Study, study  # noqa: E402
-from analysis.table import InvalidTable, load  # noqa: E402
+from analysis.table import EMPTY_CELLS, InvalidTable, load  # noqa: E402
 
 EXAMPLES = """examples:
   python analysis/recommend.py --table results/local/runs.csv --plan plan.json --budget-flops 1e14
@@ -181,7 +181,11 @@ def _in_words(found: dict[str, Any]) -> str:
 
 
 def _trunks(frame: pd.DataFrame) -> dict[int, str]:
-    return dict(zip(frame["_row"].tolist(), frame["trunk_id"].astype(str), strict=True)) if "trunk_id" in frame else {}
+    """The trunk of each row that names one."""
+    if "trunk_id" not in frame:
+        return {}
+    named = zip(frame["_row"].tolist(), map(str, frame["trunk_id"]), strict=True)
+    return {row: trunk for row, trunk in named if trunk not in EMPTY_CELLS}
 
 
 def recommend(args: argparse.Namespace) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from analysis.document import write  # noqa: E402
 
 Document = dict[str, Any]
 LISTINGS = (
-    listings.glance, tuned.optima, listings.laws, listings.remarks, listings.choice, listings.rollouts,
+    listings.glance, tuned.best_values, listings.laws, listings.remarks, listings.choice, listings.rollouts,
     listings.calibration, listings.predictions, listings.crossings, listings.chances, listings.matches,
     listings.contrasts, listings.compositions, listings.links, listings.ceilings, listings.allocations,
     listings.isoflops, listings.sensitivities, listings.noise, listings.runs, listings.excluded,
@@ -64,7 +64,7 @@ def _ladders(doc: Document) -> Iterator[Job]:
     for metric in figures.headline_metrics(doc):
         title = words.capital(names.title_of(metric))
         caption = f"{title} against what was varied, a line a model size; dotted: the best value."
-        yield Job(metric, f"{metric}-tuned", caption, partial(tuned.curves, doc, metric))
+        yield Job(metric, f"{metric}-tuned", caption, partial(tuned.along_setting, doc, metric))
         data_ladder = figures.is_data_ladder(doc, metric)
         for axis in ("d",) if data_ladder else ("n", "c"):
             caption = f"{title} against {figures.axis_name(doc, axis)}."

@@ -1,4 +1,4 @@
-"""What the report shows of a setting that was varied at every size: curves, the best value, and how it moves."""
+"""What the report shows of a setting that was varied at every size: the metric along it, the best value, its course."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def _of(doc: Document, metric: str) -> list[Document]:
     return [o for o in doc.get("optima", []) if o["metric"] == metric]
 
 
-def curves(doc: Document, metric: str) -> Figure | None:
-    """The metric along the setting, a line a size, darker for larger; a star where a parabola has it best."""
+def along_setting(doc: Document, metric: str) -> Figure | None:
+    """The metric along the setting, a line a size, darker for larger; dotted where a parabola has it best."""
     found = _of(doc, metric)
     if not found:
         return None
@@ -49,21 +49,21 @@ def curves(doc: Document, metric: str) -> Figure | None:
     return figure
 
 
-def optima(doc: Document) -> Listing:
+def best_values(doc: Document) -> Listing:
     """One row a group and size: what was tried, where it is best, and how the best value moves with size."""
     rows = []
     for o in (o for o in doc.get("optima", []) if not is_part(o["metric"])):
         for s in o["sizes"]:
             tried, last = ", ".join(f"{v:.4g}" for v in s["values"]), s is o["sizes"][-1]
-            best = f"{digits(s['best'], 3)} (the {'last' if s['best'] == s['values'][-1] else 'first'} one)"
-            place = best if s["at_end"] else f"{digits(s['best'], 3)} {span(s['interval'])}"
+            ends = [digits(end, 3) if end else word for end, word in zip(s["interval"], ("first", "last"), strict=True)]
+            place = f"{digits(s['best'], 3)} [{', '.join(ends)}]"
             moves = f"{o['along']}^{digits(o['moves'][0], 3)} {span(o['moves'][1:])}" if last and o["moves"] else ""
             rows.append((title_of(o["metric"]), label_of(o["group"]), s["size"] or short(s["n"]), o["setting"], tried,
                          place, moves))  # fmt: skip
     note = (
-        "A parabola through the best value and its neighbours, in the logs (scores as they are). Intervals hold the "
-        "evaluation's errors, and those of seeds where a value was run with several. How it moves: the exponent along "
-        "the sizes whose best value lies between others."
+        "A parabola through the best value and its neighbours, in the logs (scores as they are); first and last: at or "
+        "beyond what was tried. Intervals hold the evaluation's errors, and those of seeds where runs were repeated. "
+        "How it moves: the exponent along the sizes whose best value lies between others."
     )
     return Listing("The best value of what was varied", note,
                    ("metric", "arm", "size", "setting", "tried", "best", "moves as"), rows)  # fmt: skip

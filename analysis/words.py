@@ -131,16 +131,17 @@ def _told_apart(doc: Document, metric: str) -> str | None:
 
 def _tuned(doc: Document) -> list[str]:
     """How the best value of what was varied at every size moves with size."""
-    out = []
-    for metric, setting, along in dict.fromkeys((o["metric"], o["setting"], o["along"]) for o in doc.get("optima", [])):
-        found = [o for o in doc["optima"] if (o["metric"], o["setting"]) == (metric, setting)]
-        known = [(label_of(o["group"]), *o["moves"]) for o in found if o["moves"]]
-        moves = [f"{label} {digits(power, 3)} {span(ends)}" for label, power, *ends in known]
+    out, known = [], [o for o in doc.get("optima", []) if not is_part(o["metric"])]
+    for metric, setting, along in dict.fromkeys((o["metric"], o["setting"], o["along"]) for o in known):
+        found = [o for o in known if (o["metric"], o["setting"], o["along"]) == (metric, setting, along)]
+        moving = [(label_of(o["group"]), *o["moves"]) for o in found if o["moves"]]
+        moves = [f"{label} {digits(power, 3)} {span(ends)}" for label, power, *ends in moving]
         beyond = [label_of(o["group"]) for o in found if any(s["at_end"] for s in o["sizes"])]
-        line = f"The best {setting} for {title_of(metric)} moves with {along} by the power " + "; ".join(moves)
-        rest = f"At some size it is the first or the last that was tried in {', '.join(beyond)}."
-        out += [f"{line}."] if moves else []
-        out += [rest] if beyond else []
+        what = f"The best {setting} for {title_of(metric)}"
+        out += [f"{what} moves with {along} by the power {'; '.join(moves)}."] if moves else []
+        out += (
+            [f"{what} is, at some size, the first or the last that was tried: {', '.join(beyond)}."] if beyond else []
+        )
     return out
 
 
@@ -170,7 +171,7 @@ def summary(doc: Document) -> list[str]:
             f"Of {len(doc['verdicts'])} published claims: " + ", ".join(f"{n} {s}" for s, n in counts.items()) + "."
         )
     noise = [n["standard_deviation"] for n in doc["noise"] if n["metric"] == doc["headline_metric"]]
-    if noise and not any(noise):
+    if noise and not any(noise) and doc["fits"]:
         out.append("No run was repeated with another seed: intervals rest on the scatter around the laws alone.")
     if doc["refused"] and not doc["fits"]:
         code, reason, _ = gathered(doc)[0]

@@ -116,7 +116,7 @@ def read_card(name: str, where: str) -> dict[str, Any]:
     path = Path(name).with_suffix(".json") if name.endswith(".safetensors") else CARDS / f"{name}.json"
     try:
         card = mapping(json.loads(path.read_text()), str(path))
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         known = ", ".join(sorted(p.stem for p in CARDS.glob("*.json")))
         raise InvalidInput(f"{where}: no tokenizer {name!r} ({path} unreadable); shipped: {known}") from error
     check_card(card, str(path))

@@ -24,6 +24,8 @@ def curve(run_dir: Path) -> Curve | None:
     if len(steps) < _FEWEST:
         return None
     first, last = steps[0][0], steps[-1][0]
+    if first == last:
+        return None
 
     def place(step: tuple[float, float]) -> int:
         return min(int(_POINTS * math.log(step[0] / first) / math.log(last / first)), _POINTS - 1)
@@ -38,11 +40,12 @@ def _read(metrics: Path) -> list[tuple[float, float]]:
     for line in metrics.read_text().splitlines() if metrics.is_file() else ():
         try:
             entry = json.loads(line)
-        except ValueError:
+            images, loss = float(entry["images"]), float(entry["train_loss"])
+        except (ValueError, TypeError, KeyError):
             continue
-        if isinstance(entry, dict) and entry.get("train_loss") is not None and entry.get("images"):
-            steps.append((float(entry["images"]), float(entry["train_loss"])))
-    return steps
+        if images > 0 and math.isfinite(images):
+            steps.append((images, loss))
+    return sorted(steps)
 
 
 def write_per_step(path: Path, runs: Iterable[tuple[str, Curve | None]]) -> None:

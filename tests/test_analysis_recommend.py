@@ -16,7 +16,7 @@ from analysis.fit import fit
 from analysis.information import half_widths
 from analysis.intervals import parameter_intervals
 from analysis.laws import law
-from analysis.recommend import blocks, main
+from analysis.recommend import _trunks, blocks, main
 from analysis.simulate import chinchilla_points, grid, ladder, trunk_points
 from analysis.solver import Objective
 
@@ -106,6 +106,18 @@ def test_what_bought_runs_tell_is_what_refits_say(trunks: Goal, shared: bool) ->
     assert float(np.std(values)) == pytest.approx(np.sqrt(variance[-1]), rel=0.3)
 
 
+def test_where_no_trunk_has_branches_half_is_taken_to_be_the_trunks() -> None:
+    points = chinchilla_points(*grid(6, 4), 0.005, np.random.default_rng(0))
+    goal = Goal("exponent", (fit(law("chinchilla"), points, Objective("lse-log")),))
+    fitted, branches = goal.fits[0], offers(goal)
+    for offered, share in ((branches, 0.5), (branches[:2], 0.0)):
+        side = _side(fitted, goal, offered, {}, np.random.default_rng(0))
+        assert side.between[0] == pytest.approx(share * fitted.within[0])
+        whole = sum(variance[0] for variance, _ in side.parts())
+        index = fitted.law.parameters.index("alpha")
+        assert whole == pytest.approx(fitted.covariance[index, index], rel=1e-3)
+
+
 def _value_with_eight(shared: bool, place: dict[str, float], rng: np.random.Generator) -> float:
     first = trunk_points(6, 4, 2, 0.005, rng)
     added = chinchilla_points(*(np.full(8, v) for v in place.values()), 0.005, rng)
@@ -144,6 +156,11 @@ def test_blocks_say_exactly_the_chosen_runs() -> None:
     wanted = [(f"{r['token_kind']}-{r['order']}", r["size"], r["seed"], r["images"]) for r in chosen]
     assert sorted(said) == sorted(wanted)
     assert {"sizes": ["46K", "96K"], "arms": ["discrete-random"], "seeds": [1], "images": [100, 200]} in blocks(chosen)
+
+
+def test_rows_that_name_no_trunk_share_none() -> None:
+    frame = pd.DataFrame({"_row": [3, 5, 7, 9], "trunk_id": ["a", "", None, float("nan")]})
+    assert _trunks(frame) == {3: "a"} and _trunks(frame[["_row"]]) == {}
 
 
 def plan_of(frame, path: Path) -> Path:

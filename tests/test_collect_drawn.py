@@ -136,6 +136,11 @@ def test_a_learning_curve_is_kept_small_and_whole(tmp_path: Path) -> None:
         (tmp_path / name / "metrics.jsonl").write_text(text + '\n{"torn')
     found = curve(tmp_path / "a")
     assert found is not None and curve(tmp_path / "b") is None and curve(tmp_path / "c") is None
+    odd = ([{"images": 64, "train_loss": 1.0}] * 3, [{"images": i, "train_loss": 1} for i in (-1, "x", 2)])
+    for k, bad in enumerate(odd):
+        (tmp_path / f"odd-{k}").mkdir()
+        (tmp_path / f"odd-{k}" / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*bad, 3])))
+        assert curve(tmp_path / f"odd-{k}") is None
     images, losses = map(np.array, found)
     assert 40 < len(images) <= 80 and (np.diff(images) > 0).all()
     assert images[0] == lines[0]["images"] and images[-1] == pytest.approx(lines[-1]["images"], rel=0.1)
