@@ -21,15 +21,21 @@ _TOKENIZER = ("kind", "grid", "channels", "vocab_size")
 
 
 @dataclass(frozen=True)
-class _Tokens:
-    """What a card must say of a trained tokenizer's tokens."""
+class TokenCard:
+    """What a card must say of a trained tokenizer's tokens, which is all that planning asks."""
 
     kind: Annotated[str, OneOf(TOKEN_KINDS)]
-    resolution: AtLeastOne
     grid: AtLeastOne
     channels: Count
     vocab_size: Count
     sha256: str
+
+
+@dataclass(frozen=True)
+class TokenizerCard(TokenCard):
+    """What it must say where pictures are made of them."""
+
+    resolution: AtLeastOne
 
 
 @dataclass(frozen=True)
@@ -119,10 +125,10 @@ def read_card(name: str, where: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         known = ", ".join(sorted(p.stem for p in CARDS.glob("*.json")))
         raise InvalidInput(f"{where}: no tokenizer {name!r} ({path} unreadable); shipped: {known}") from error
-    check_card(card, str(path))
+    check_card(card, str(path), TokenCard)
     return card
 
 
-def check_card(card: dict[str, Any], where: str) -> None:
-    """Raises InvalidInput for a card that does not say what a tokenizer's tokens are."""
-    from_dict(_Tokens, {field.name: card[field.name] for field in fields(_Tokens) if field.name in card}, where)
+def check_card(card: dict[str, Any], where: str, needed: type[TokenCard]) -> None:
+    """Raises InvalidInput for a card that does not say all that is `needed`."""
+    from_dict(needed, {field.name: card[field.name] for field in fields(needed) if field.name in card}, where)

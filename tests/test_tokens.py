@@ -138,6 +138,7 @@ def test_damage_is_refused(tmp_path: Path):
     "change, planning, loading",
     [
         ({"grid": None}, "missing grid", "missing grid"),
+        ({"resolution": None}, "", "missing resolution"),
         ({"kind": "features"}, "unknown 'features'", "not a tokenizer"),
         ({"vocab_size": 512}, "", "does not describe its weights"),
         ({"network": None}, "", "lacks 'network'"),

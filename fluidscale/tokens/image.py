@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from fluidscale.inputs import check_card
+from fluidscale.inputs import TokenizerCard, check_card
 from fluidscale.spec import InvalidInput
 from fluidscale.tokens.networks import FACTOR, KLAutoencoder, VQAutoencoder
 from fluidscale.tokens.shipped import verified
@@ -152,7 +152,7 @@ def load_tokenizer(name_or_path: str, device: torch.device | str = "cpu") -> KLT
 
         return as_tokenizer(*load_network(Path(name_or_path)), device)
     network, card = load_carded(name_or_path, "tokenizer", ("continuous", "discrete"), build_network)
-    check_card(card, name_or_path)
+    check_card(card, name_or_path, TokenizerCard)
     return as_tokenizer(network, card, device)
 
 
