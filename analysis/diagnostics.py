@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from analysis.figures import Document, arms, axis_name
 from analysis.names import heading_of, label_of, name_of, title_of
-from analysis.panels import INK, MUTED, colour, grid, log_axis, marker
+from analysis.panels import INK, MUTED, colour, dress_small, grid, log_axis, marker, shade
 
 FIT_LINE: dict[str, Any] = {"linewidth": 1.1, "alpha": 0.8}
 # an interval for N* or D* wider than this factor says only that the ladder cannot place the optimum
@@ -149,18 +149,9 @@ def learning_curves(doc: Document) -> Figure | None:
     for ax, name in zip(axes, names, strict=True):
         for c in (c for c in curves if name_of(c["group"]) == name):
             rank = ranked.index(c["size"]) if c["size"] in ranked else 0
-            shade = 0.3 + 0.7 * (rank + 1) / max(len(ranked), 1)
-            ax.plot(
-                c["images"], c["loss"], color=colour(c["group"], arms(doc)), alpha=shade, linewidth=1, label=c["size"]
-            )
-            ax.set_title(heading_of(c["group"]), fontsize=8)
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        log_axis(ax.xaxis, *ax.get_xlim())
-        log_axis(ax.yaxis, *ax.get_ylim())
-        ax.tick_params(labelsize=6.5)
-        ax.set_xlabel("images seen", fontsize=7)
-        ax.legend(fontsize=6, loc="best")
+            style = {"color": colour(c["group"], arms(doc)), "alpha": shade(rank + 1, max(len(ranked), 1))}
+            ax.plot(c["images"], c["loss"], linewidth=1, label=c["size"], **style)
+        dress_small(ax, heading_of(next(c["group"] for c in curves if name_of(c["group"]) == name)), "images seen")
     axes[0].set_ylabel("training loss", fontsize=7.5)
     return figure
 

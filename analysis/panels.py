@@ -102,6 +102,24 @@ def log_axis(axis: Any, low: float, high: float, compute: bool = False) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def shade(rank: int, count: int) -> float:
+    """How dark the line of the size of this rank, 1 the smallest, is among `count` of them."""
+    return 0.3 + 0.7 * rank / count
+
+
+def dress_small(ax: Axes, title: str, xlabel: str, log_y: bool = True) -> None:
+    """A narrow panel of lines, one a size, that are drawn: log axes, small letters, a legend."""
+    ax.set_xscale("log")
+    log_axis(ax.xaxis, *ax.get_xlim())
+    if log_y:
+        ax.set_yscale("log")
+        log_axis(ax.yaxis, *ax.get_ylim())
+    ax.tick_params(labelsize=6.5)
+    ax.set_title(title, fontsize=8)
+    ax.set_xlabel(xlabel, fontsize=7)
+    ax.legend(fontsize=6, loc="best")
+
+
 def save(figure: Figure, folder: Path, name: str) -> bytes:
     """Writes name.png and name.svg under folder; returns the PNG's bytes."""
     # one layout serves both formats, and costs more than drawing either

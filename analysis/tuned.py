@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from analysis.figures import arms
 from analysis.listings import Listing
 from analysis.names import heading_of, label_of, title_of
-from analysis.panels import colour, grid, log_axis, short
+from analysis.panels import colour, dress_small, grid, shade, short
 from analysis.table import is_part
 from analysis.words import digits, span
 
@@ -30,21 +30,13 @@ def along_setting(doc: Document, metric: str) -> Figure | None:
     for ax, o in zip(axes, found, strict=True):
         tint = colour(o["group"], arms(doc))
         for rank, s in enumerate(o["sizes"], 1):
-            shade = 0.3 + 0.7 * rank / len(o["sizes"])
+            style = {"color": tint, "alpha": shade(rank, len(o["sizes"]))}
             y, bars = np.array(s["y"]), 1.96 * np.array(s["error"])
-            ax.errorbar(s["values"], y, bars, color=tint, alpha=shade, linewidth=1.1, marker="o", markersize=3,
-                        label=s["size"] or short(s["n"]))  # fmt: skip
+            ax.errorbar(s["values"], y, bars, linewidth=1.1, marker="o", markersize=3,
+                        label=s["size"] or short(s["n"]), **style)  # fmt: skip
             if not s["at_end"]:
-                ax.axvline(s["best"], color=tint, alpha=shade, linewidth=0.8, linestyle=":")
-        ax.set_xscale("log")
-        log_axis(ax.xaxis, *ax.get_xlim())
-        if o["kind"] != "score":
-            ax.set_yscale("log")
-            log_axis(ax.yaxis, *ax.get_ylim())
-        ax.tick_params(labelsize=6.5)
-        ax.set_title(heading_of(o["group"]), fontsize=8)
-        ax.set_xlabel(o["setting"], fontsize=7)
-        ax.legend(fontsize=6, loc="best")
+                ax.axvline(s["best"], linewidth=0.8, linestyle=":", **style)
+        dress_small(ax, heading_of(o["group"]), o["setting"], log_y=o["kind"] != "score")
     axes[0].set_ylabel(title_of(metric), fontsize=7.5)
     return figure
 

@@ -11,23 +11,34 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from fluidscale.limits import AtLeastOne, Count, InvalidInput, OneOf, from_dict, mapping, unknown_key
+from fluidscale.limits import AtLeastOne, Count, InvalidInput, OneOf, from_dict, mapping
 from fluidscale.record import read_json
 from fluidscale.spec import TOKEN_KINDS
 
 CARDS = Path(__file__).resolve().parent / "tokens" / "weights"
-# What a planned-only tokenizer says of itself; a card and a manifest say more.
-_TOKENIZER = ("kind", "grid", "channels", "vocab_size")
 
 
 @dataclass(frozen=True)
-class TokenCard:
-    """What a card must say of a trained tokenizer's tokens, which is all that planning asks."""
+class _Tokens:
+    """What tokens are: all that planning asks of a tokenizer; a card and a manifest say more."""
 
     kind: Annotated[str, OneOf(TOKEN_KINDS)]
     grid: AtLeastOne
     channels: Count
     vocab_size: Count
+
+
+@dataclass(frozen=True)
+class _Planned(_Tokens):
+    """A tokenizer that need not be there, in a sweep."""
+
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class TokenCard(_Tokens):
+    """What a trained tokenizer's card must say where a run is planned."""
+
     sha256: str
 
 
@@ -66,7 +77,7 @@ def read_inputs(content: dict[str, Any], where: str) -> Inputs:
     if "shards" in data:
         return _encoded(data, tokenizer, encoder, where)
     if isinstance(tokenizer, dict):
-        return Inputs(_planned(dict(tokenizer), where), data, text_encoder=encoder)
+        return Inputs(_planned(tokenizer, where), data, text_encoder=encoder)
     card = read_card(str(tokenizer), where)
     path = Path(str(tokenizer))
     assets = {card["sha256"]: str(path.absolute())} if path.suffix == ".safetensors" else {}
@@ -75,18 +86,14 @@ def read_inputs(content: dict[str, Any], where: str) -> Inputs:
 
 def _planned(tokenizer: dict[str, Any], where: str) -> dict[str, Any]:
     """The card of a tokenizer that need not be there yet: the trained network's if it is, else what is asked of it."""
-    name = tokenizer.pop("name", None)
-    for key in tokenizer:
-        if key not in _TOKENIZER:
-            raise InvalidInput(unknown_key(key, (*_TOKENIZER, "name"), f"{where}: tokenizer"))
-    if missing := [key for key in _TOKENIZER if key not in tokenizer]:
-        raise InvalidInput(f"{where}: tokenizer: missing {', '.join(missing)}")
-    if name is None or not (CARDS / f"{name}.json").exists():
-        return {**tokenizer, "sha256": ""}
-    card = read_card(str(name), where)
-    for key in _TOKENIZER:
-        if card[key] != tokenizer[key]:
-            raise InvalidInput(f"{where}: tokenizer: {name} has {key} {card[key]}, the sweep asks for {tokenizer[key]}")
+    asked = from_dict(_Planned, tokenizer, f"{where}: tokenizer")
+    tokens = {field.name: getattr(asked, field.name) for field in fields(_Tokens)}
+    if not asked.name or not (CARDS / f"{asked.name}.json").exists():
+        return {**tokens, "sha256": ""}
+    card = read_card(asked.name, where)
+    for key, value in tokens.items():
+        if card[key] != value:
+            raise InvalidInput(f"{where}: tokenizer: {asked.name} has {key} {card[key]}, the sweep asks for {value}")
     return card
 
 
