@@ -137,21 +137,23 @@ def residuals(doc: Document) -> Figure | None:
 
 
 def learning_curves(doc: Document) -> Figure | None:
-    """Training loss against images seen, a line a size, darker for larger."""
+    """Training loss against images seen, a line a run, darker for larger sizes."""
     curves = doc["learning_curves"]
     if not curves:
         return None
     names = list(dict.fromkeys(name_of(c["group"]) for c in curves))
     sizes = {s: max(n or 0 for n, t in zip(m["n"], m["size"], strict=True) if t == s)
              for m in doc["measurements"] for s in set(m["size"])}  # fmt: skip
-    ranked = sorted(sizes, key=lambda s: sizes[s])
+    rank = {size: k for k, size in enumerate(sorted(sizes, key=lambda s: sizes[s]), 1)}
     figure, axes = grid(len(names), columns=4, width=2.3, height=2.4)
     for ax, name in zip(axes, names, strict=True):
-        for c in (c for c in curves if name_of(c["group"]) == name):
-            rank = ranked.index(c["size"]) if c["size"] in ranked else 0
-            style = {"color": colour(c["group"], arms(doc)), "alpha": shade(rank + 1, max(len(ranked), 1))}
-            ax.plot(c["images"], c["loss"], linewidth=1, label=c["size"], **style)
-        dress_small(ax, heading_of(next(c["group"] for c in curves if name_of(c["group"]) == name)), "images seen")
+        own = sorted((c for c in curves if name_of(c["group"]) == name), key=lambda c: rank.get(c["size"], 1))
+        for before, c in zip([None, *own], own, strict=False):
+            style = {"color": colour(c["group"], arms(doc)), "alpha": shade(rank.get(c["size"], 1), max(len(rank), 1))}
+            # one entry a size, however many seeds
+            label = c["size"] if before is None or before["size"] != c["size"] else None
+            ax.plot(c["images"], c["loss"], linewidth=1, label=label, **style)
+        dress_small(ax, heading_of(own[0]["group"]), "images seen")
     axes[0].set_ylabel("training loss", fontsize=7.5)
     return figure
 

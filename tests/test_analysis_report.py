@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from analysis.changes import changes, in_words
+from analysis.diagnostics import learning_curves
 from analysis.figures import metric_along
 from analysis.fit_laws import main
 from analysis.listings import glance
@@ -73,6 +74,17 @@ def test_at_a_glance_runs_along_the_ladder_from_mean_to_mean_of_its_seeds(tmp_pa
         assert first > last and cells[f"{kind} · {order}"] == f"{digits(first)} → {digits(last)}"
     assert (tmp_path / "report/figures/val_loss-vs-d.png").is_file()
     assert not (tmp_path / "report/figures/val_loss-vs-n.png").exists()
+
+
+def test_a_size_has_one_entry_beside_its_learning_curves_however_many_seeds(results: Path) -> None:
+    doc = json.loads((results / "laws.json").read_text())
+    doc["learning_curves"] = [c for c in reversed(doc["learning_curves"]) for _ in range(3)]
+    figure = learning_curves(doc)
+    assert figure is not None and len(figure.axes) == len(ARMS)
+    for ax in figure.axes:
+        legend = ax.get_legend()
+        assert legend is not None and [text.get_text() for text in legend.get_texts()] == list(LADDER)
+        assert len(ax.get_lines()) == 3 * len(LADDER)
 
 
 def test_laws_json_has_what_is_promised(results: Path) -> None:
