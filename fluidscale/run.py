@@ -139,9 +139,7 @@ def _compute(
     status = "done"
     try:
         if not ranks.agree(folder.weights.exists()):
-            # An embedded world's judges come with the program; published ones are files of the user's.
-            if spec.evaluate.judges:
-                _rehearse(spec, folder, placement, source, ranks)
+            _rehearse(spec, folder, placement, source, ranks)
             if ranks.leads:
                 folder.set_status("running", phase="data")
             fit(spec, folder, placement, source.training(), should_stop, ranks)

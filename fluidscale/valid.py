@@ -6,6 +6,7 @@ Pure rules, so that planning knows them; what draws and builds asks here too.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -53,6 +54,27 @@ def check_world(world: WorldSpec, where: str) -> None:
             raise InvalidInput(f"{where}: {what} must be at least two, each named once, got {list(names)}")
     if len(world.icon_sizes) != world.max_objects:
         raise InvalidInput(f"{where}: icon_sizes must name {world.max_objects} sizes, got {list(world.icon_sizes)}")
+    for count in range(1, world.max_objects + 1):
+        side, step = icon_extent(world, count), world.position_step
+        room = world.resolution - side
+        # Two that fit beside each other leave room for two more below; no more are ever drawn.
+        farthest, apart = room // step * step, -(-side // step) * step
+        if room < 0 or (count > 1 and farthest < apart):
+            raise InvalidInput(f"{where}: {no_room(world, count)}")
+
+
+def icon_extent(world: WorldSpec, count: int) -> int:
+    """Side in px of the square that holds an icon of a scene of `count`, however scaled and turned."""
+    turn = math.radians(min(abs(world.rotation_degrees), 45))
+    return math.ceil(world.icon_sizes[count - 1] * (1 + world.size_jitter) * (math.cos(turn) + math.sin(turn)))
+
+
+def no_room(world: WorldSpec, count: int) -> str:
+    """What is wrong with a world whose scenes of `count` icons have no place for them."""
+    return (
+        f"{count} icon{'s' * (count > 1)} of {icon_extent(world, count)} px (with jitter and rotation) do not fit in "
+        f"{world.resolution} px; lower icon_sizes, size_jitter or rotation_degrees"
+    )
 
 
 def check_sampling(sampling: SamplingSpec, objective: str | None) -> None:

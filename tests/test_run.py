@@ -190,6 +190,26 @@ def test_a_failure_leaves_its_reason(tmp_path, tiny_spec):
     assert status["state"] == "failed" and "InvalidInput" in status["error"]
 
 
+@pytest.mark.parametrize(
+    ("data", "evaluate", "message"),
+    [
+        ({"world": {"classes": ("dog", "cat", "bus")}}, {"geneval_images_per_prompt": 1}, "does not know 'dog'"),
+        ({"world": {"colors": ("red", "white")}}, {"geneval_images_per_prompt": 1}, "unknown color 'white'"),
+        ({"name": "mine"}, {"geneval_images_per_prompt": 1}, "mine-detector"),
+        ({"name": "mine"}, {"fd_images": 8}, "mine-features"),
+    ],
+)
+def test_what_a_worlds_judges_cannot_judge_is_not_trained(tmp_path, tiny_spec, data, evaluate, message):
+    spec = tiny_spec("discrete-raster")
+    world = dataclasses.replace(spec.data.world, **data.get("world", {}))
+    mine = dataclasses.replace(spec.data, world=world, name=data.get("name", spec.data.name))
+    spec = dataclasses.replace(spec, data=mine, evaluate=dataclasses.replace(spec.evaluate, **evaluate))
+    with pytest.raises(InvalidInput, match=message):
+        run(spec, tmp_path / spec.id, OFTEN)
+    folder = RunFolder(tmp_path / spec.id)
+    assert folder.status["state"] == "failed" and not folder.metrics.exists()
+
+
 def test_trained_weights_load_and_corrupt_ones_are_refused(tmp_path, tiny_spec):
     spec = tiny_spec("discrete-raster")
     run(spec, tmp_path / spec.id, OFTEN)

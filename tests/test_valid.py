@@ -57,6 +57,8 @@ def changed(spec, key, value):
         ("discrete-random", "data.world.max_objects", 5, "data: world: max_objects: .*at most 4"),
         ("discrete-random", "data.world.position_step", 0, "data: world: position_step: expected at least 1"),
         ("discrete-random", "data.world.icon_sizes", [22], "icon_sizes must name 3 sizes"),
+        ("discrete-random", "data.world.icon_sizes", [22, 20, 14], "2 icons of 20 px .* do not fit in 32 px; lower"),
+        ("discrete-random", "data.world.rotation_degrees", 45, "2 icons of 23 px"),
         ("discrete-random", "data.world.classes", ["cat", "aple"], "classes.1.: unknown 'aple'; did you mean 'apple'"),
         ("discrete-random", "data.world.colors", ["red"], "colors must be at least two"),
         ("discrete-random", "train.lr", 0, "train: lr: expected above 0"),

@@ -11,8 +11,10 @@ import pytest
 from fluidscale.objects import CLASSES, COLORS
 from fluidscale.spec import InvalidInput
 from fluidscale.sweep import load_world
+from fluidscale.valid import check_world
 from fluidscale.world import TAGS, World
 from fluidscale.world.captions import RELATIONS, article, plural
+from fluidscale.world.layouts import layouts
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +175,10 @@ def test_the_hold_out_follows_the_seed_and_not_the_resolution(small: World):
     prompts = small.prompts("unseen")
     assert all(same.is_unseen(prompt) for prompt in prompts)
     assert not all(other.is_unseen(prompt) for prompt in prompts)
+    nothing = changed(holdout_fraction=0.0)
+    assert nothing.prompts("unseen") == [] and nothing.prompts("seen")
     with pytest.raises(InvalidInput, match="holds nothing out"):
-        changed(holdout_fraction=0.0).prompts("unseen")
+        nothing.sample(np.random.default_rng(0), "unseen")
 
 
 def test_prompts_are_distinct_and_as_many_as_the_protocol_or_the_world_has(small: World, large: World):
@@ -342,9 +346,31 @@ def test_a_users_prompt_file_is_read_as_it_is(small: World, tmp_path):
         ({"holdout_fraction": 0.9}, "holdout_fraction"),
         ({"position_step": 0}, "position_step"),
         ({"icon_sizes": (22, 20, 14)}, "2 icons of 20 px .* do not fit in 32 px"),
-        ({"icon_sizes": (40, 16, 14)}, "1 icons of 40 px"),
+        ({"icon_sizes": (40, 16, 14)}, "1 icon of 40 px"),
     ],
 )
 def test_a_world_that_cannot_be_is_refused_when_it_is_built(settings: dict, message: str):
     with pytest.raises(InvalidInput, match=message):
         changed(**settings)
+
+
+def test_what_is_planned_is_refused_exactly_where_two_icons_have_no_place():
+    refused = 0
+    for resolution in range(28, 45):
+        for step in (1, 2, 3, 5, 8):
+            spec = dataclasses.replace(
+                load_world("icons32"), resolution=resolution, position_step=step, icon_sizes=(16, 17, 4)
+            )
+            fits = True
+            for relation in (None, *RELATIONS):
+                try:
+                    layouts(spec, 2, relation, ())
+                except InvalidInput:
+                    fits = False
+            if fits:
+                check_world(spec, "world")
+            else:
+                refused += 1
+                with pytest.raises(InvalidInput, match="2 icons of 17 px"):
+                    check_world(spec, "world")
+    assert 0 < refused < 85

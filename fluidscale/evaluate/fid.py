@@ -55,6 +55,7 @@ class FrechetDistance:
         )
 
     def drawings(self, subject: Subject) -> Sequence[Drawing]:
+        load_features(subject.features_name)
         captions = scene_captions(subject.world, subject.spec.evaluate.fd_images)
         return [Drawing(subject, "captions", captions)]
 

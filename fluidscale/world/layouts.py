@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from fluidscale.spec import InvalidInput, WorldSpec
+from fluidscale.valid import icon_extent, no_room
 from fluidscale.world.captions import RELATIONS
 
 # More than two icons have too many layouts to list them all: this many are drawn.
@@ -18,19 +17,13 @@ _TOLERANCE = 0.1
 _COSINE = 0.5
 
 
-def extent(spec: WorldSpec, count: int) -> int:
-    """Side in px of the square that holds an icon of a scene of `count`, however scaled and turned."""
-    turn = math.radians(min(abs(spec.rotation_degrees), 45))
-    return math.ceil(spec.icon_sizes[count - 1] * (1 + spec.size_jitter) * (math.cos(turn) + math.sin(turn)))
-
-
 def layouts(spec: WorldSpec, count: int, relation: str | None, barred: tuple[str, ...]) -> np.ndarray:
     """Centres in px, float32 (layouts, count, 2) as (x, y), each equally likely. Raises InvalidInput if there are none.
 
     With a relation, the first of two icons stands in that relation to the second by GenEval's rule, and in no other;
     it never stands in a barred one.
     """
-    side = extent(spec, count)
+    side = icon_extent(spec, count)
     room = spec.resolution - side
     line = np.arange(0, room + 1, spec.position_step) + (room % spec.position_step) // 2 + side / 2
     points = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
@@ -48,11 +41,7 @@ def layouts(spec: WorldSpec, count: int, relation: str | None, barred: tuple[str
     else:
         chosen = points[_draw(apart, count)]
     if not len(chosen):
-        raise InvalidInput(
-            f"world: {count} icons of {side} px (with jitter and rotation) do not fit in {spec.resolution} px"
-            + (f" one {relation} the other" if relation else "")
-            + "; lower icon_sizes, size_jitter or rotation_degrees"
-        )
+        raise InvalidInput(f"world: {no_room(spec, count)}")
     return chosen.astype(np.float32)
 
 

@@ -44,7 +44,7 @@ class World:
         self._words = Vocabulary(spec)
         self._combinations = Combinations(spec)
         self._layouts: dict[tuple[int, str | None, tuple[str, ...]], np.ndarray] = {}
-        # All but the barred ones at once: a world whose icons do not fit is refused here, not after hours.
+        # All but the barred ones at once: a world too tight for icons to be set one after another is refused here.
         for count in range(1, spec.max_objects + 1):
             self._places(count, None, ())
         for relation in RELATIONS:
@@ -93,7 +93,7 @@ class World:
         self, split: str, limit: Mapping[str, int] | None = None, part: str = "evaluation"
     ) -> list[dict[str, Any]]:
         """Distinct prompts in GenEval's file format, chosen by the world's seed: per tag GenEval's own number (or
-        `limit[tag]`) of them, or all there are if there are fewer.
+        `limit[tag]`) of them, or all there are if there are fewer: none of a split that the world does not have.
 
         split: "seen" | "unseen" (which has no single_object and no counting). part: "evaluation", or "validation" for
         whatever is chosen by score. The two take from opposite ends of one order: they share no prompt as long as
@@ -102,7 +102,7 @@ class World:
         if split not in ("seen", "unseen") or part not in ("evaluation", "validation"):
             raise InvalidInput(f"prompts: no {part!r} part of split {split!r}; seen | unseen, evaluation | validation")
         chosen: list[dict[str, Any]] = []
-        for tag in self._combinations.tags(split):
+        for tag in TAGS:
             numbers = _rng(self.spec, f"prompts {split} {tag}").permutation(self._combinations.numbers(tag, split))
             if part == "validation":
                 numbers = numbers[::-1]
