@@ -13,9 +13,12 @@ from typing import Annotated, Any
 
 from fluidscale.limits import AtLeastOne, Count, InvalidInput, OneOf, from_dict, mapping
 from fluidscale.record import read_json
-from fluidscale.spec import TOKEN_KINDS
+from fluidscale.spec import TOKEN_KINDS, RunSpec
 
 CARDS = Path(__file__).resolve().parent / "tokens" / "weights"
+# An embedded world's own judges, and of what images each is asked.
+JUDGES = Path(__file__).resolve().parent / "evaluate" / "weights"
+_JUDGED_BY = {"detector": "geneval_images_per_prompt", "features": "fd_images"}
 
 
 @dataclass(frozen=True)
@@ -139,3 +142,18 @@ def read_card(name: str, where: str) -> dict[str, Any]:
 def check_card(card: dict[str, Any], where: str, needed: type[TokenCard]) -> None:
     """Raises InvalidInput for a card that does not say all that is `needed`."""
     from_dict(needed, {field.name: card[field.name] for field in fields(needed) if field.name in card}, where)
+
+
+def check_worlds_judges(spec: RunSpec, where: str) -> None:
+    """Raises InvalidInput when the networks of a run's world, by their cards, could not judge what the run draws."""
+    for target, images in _JUDGED_BY.items():
+        name, world = f"{spec.data.name}-{target}", spec.data.world
+        if world is None or not getattr(spec.evaluate, images):
+            continue
+        way_out = f"train one (python -m fluidscale.pretrain {target} --help) or set evaluate.{images} to 0"
+        card = read_json(JUDGES / f"{name}.json")
+        if card is None:
+            raise InvalidInput(f"{where}: no {name}, which is to judge the world of this name; {way_out}")
+        for what, asked in (("classes", world.classes), ("colors", world.colors)):
+            if target == "detector" and (unknown := sorted({*asked} - {*card.get(what, ())})):
+                raise InvalidInput(f"{where}: {name} does not know the {what} {', '.join(unknown)}; {way_out}")

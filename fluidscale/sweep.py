@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fluidscale.inputs import Inputs, read_inputs
+from fluidscale.inputs import Inputs, check_worlds_judges, read_inputs
 from fluidscale.limits import AtLeastOne, InvalidInput, Positive, Share, from_dict, mapping, typed, unknown_key
 from fluidscale.published import read_judges
 from fluidscale.spec import ARMS, ORDERS, TOKEN_KINDS, RunSpec, Seed, TrainSpec, WorldSpec, canonical
@@ -61,7 +61,8 @@ class Sweep:
     assets: dict[str, str] = field(default_factory=dict)
 
     def require_data(self) -> None:
-        """Raises InvalidInput when a run is planned only: its images are not encoded, or its tokenizer not trained."""
+        """Raises InvalidInput when a run is planned only: its images are not encoded, or its tokenizer or its world's
+        judges not trained."""
         for run in self.runs:
             if run.data.world is None and run.data.manifest_sha256 is None:
                 raise InvalidInput(
@@ -74,6 +75,7 @@ class Sweep:
                     f"python -m fluidscale.pretrain vae --world {run.data.name}; then vq, detector, detector2, "
                     "features; or, where only channels or codes differ, as the sweep's file says"
                 )
+            check_worlds_judges(run, self.name)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -125,9 +127,13 @@ def sweep_path(name: str) -> Path:
         return Path(name)
     path = SWEEPS / f"{name}.yaml"
     if not path.exists():
-        known = {p.stem for p in SWEEPS.glob("*.yaml")} - {"recipe", "sizes", "worlds"}
-        raise InvalidInput(unknown_key(name, known, f"no sweep {name!r} in {SWEEPS}"))
+        raise InvalidInput(unknown_key(name, _shipped() - {"recipe"}, f"no sweep {name!r} in {SWEEPS}"))
     return path
+
+
+def _shipped() -> set[str]:
+    """The names in sweeps/ that another sweep may extend."""
+    return {path.stem for path in SWEEPS.glob("*.yaml")} - {"sizes", "worlds"}
 
 
 def load_sweep(name: str, sizes: Sequence[str] | None = None, arms: Sequence[str] | None = None) -> Sweep:
@@ -174,7 +180,15 @@ def _extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if "extends" not in plan:
         return plan
     name = typed(plan.pop("extends"), str, f"{path}: extends")
-    return _merged(_extended(path.parent / f"{name}.yaml", (*seen, path.resolve())), plan)
+    return _merged(_extended(_extendable(name, path), (*seen, path.resolve())), plan)
+
+
+def _extendable(name: str, path: Path) -> Path:
+    """The sweep that the one at `path` extends: beside it, or else one of the shipped."""
+    for folder in (path.parent, SWEEPS):
+        if (there := folder / f"{name}.yaml").exists():
+            return there
+    raise InvalidInput(unknown_key(name, _shipped(), f"{path}: extends: no {name}.yaml beside it, nor shipped"))
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

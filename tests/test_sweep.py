@@ -4,13 +4,11 @@ import pytest
 
 from fluidscale import inputs
 from fluidscale.spec import ARMS, InvalidInput
-from fluidscale.sweep import load_sweep
+from fluidscale.sweep import SWEEPS, load_sweep, read_yaml
 
 
 def write(tmp_path, body: str) -> str:
     """A sweep file of the user's own beside a copy of the shared recipe."""
-    from fluidscale.sweep import SWEEPS
-
     (tmp_path / "recipe.yaml").write_text((SWEEPS / "recipe.yaml").read_text())
     path = tmp_path / "mine.yaml"
     path.write_text("extends: recipe\n" + body)
@@ -46,8 +44,6 @@ def test_filters_keep_what_they_name_and_say_so():
 
 
 def test_every_shipped_sweep_resolves():
-    from fluidscale.sweep import SWEEPS
-
     for path in SWEEPS.glob("*.yaml"):
         if path.stem not in ("recipe", "sizes", "worlds"):
             assert load_sweep(path.stem).runs
@@ -67,6 +63,46 @@ def test_a_tokenizer_that_is_named_and_trained_takes_the_place_of_what_was_plann
     (tmp_path / "icons64-vae.json").write_text(json.dumps({**cards, "channels": 16}))
     with pytest.raises(InvalidInput, match="icons64-vae has channels 16, the sweep asks for 8"):
         load_sweep("icons", sizes=["500K"], arms=["continuous-random"])
+
+
+@pytest.mark.parametrize(
+    ("world", "evaluate", "message"),
+    [
+        ("{name: mine, world: mine.yaml}", "{fd_images: 0}", r"real: no mine-detector, .*pretrain detector"),
+        (
+            "{name: mine, world: mine.yaml}",
+            "{geneval_images_per_prompt: 0}",
+            r"real: no mine-features, .*pretrain feat",
+        ),
+        ("{name: icons32, world: mine.yaml}", "{}", r"icons32-detector does not know the classes bus, dog; train one"),
+    ],
+)
+def test_a_world_that_its_judges_do_not_know_is_planned_and_not_started(
+    tmp_path, monkeypatch, world, evaluate, message
+):
+    monkeypatch.chdir(tmp_path)
+    row = read_yaml(SWEEPS / "worlds.yaml")["icons32"]
+    (tmp_path / "mine.yaml").write_text(json.dumps({**row, "classes": ["cat", "dog", "bus"]}))
+    body = f"extends: {SWEEPS}/smoke\nimages: [8192]\nsizes: [50K]\narms: [discrete-raster]\n"
+    body += f"defaults: {{data: {world}, evaluate: {evaluate}}}\n"
+    (tmp_path / "real.yaml").write_text(body)
+    sweep = load_sweep("real.yaml")
+    with pytest.raises(InvalidInput, match=message):
+        sweep.require_data()
+
+
+def test_what_is_extended_lies_beside_the_sweep_or_is_shipped(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: smoke\nsizes: [50K]\n")
+    shipped = load_sweep("smoke", sizes=["50K"]).runs
+    assert [run.id for run in load_sweep(str(path)).runs] == [run.id for run in shipped]
+    (tmp_path / "smoke.yaml").write_text(f"extends: {SWEEPS}/smoke\nseeds: [7]\n")
+    assert {run.seed for run in load_sweep(str(path)).runs} == {7}
+    path.write_text("extends: smokes\n")
+    with pytest.raises(
+        InvalidInput, match=r"mine.yaml: extends: no smokes.yaml beside it, nor shipped: .*did you mean 'smoke'"
+    ):
+        load_sweep(str(path))
 
 
 def test_each_size_may_have_seeds_of_its_own(tmp_path):
@@ -177,7 +213,7 @@ def test_what_does_not_fit_is_one_clear_line(tmp_path, body, message):
 @pytest.mark.parametrize(
     ("extends", "message"),
     [("mine", r"mine.yaml: extends: it comes back to .*mine.yaml"), ("[recipe]", r"extends: expected a text"),
-     ("nothing", r"nothing.yaml: no such file")],
+     ("nothing", r"extends: no nothing.yaml beside it")],
 )  # fmt: skip
 def test_a_sweep_that_extends_nothing_that_is_there_is_refused(tmp_path, extends, message):
     path = tmp_path / "mine.yaml"
