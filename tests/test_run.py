@@ -210,6 +210,23 @@ def test_what_a_worlds_judges_cannot_judge_is_not_trained(tmp_path, tiny_spec, d
     assert folder.status["state"] == "failed" and not folder.metrics.exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "world", "message"),
+    [
+        ({"grid": 3}, {}, "tokenizer's grid 4, the run has 3"),
+        ({"vocab_size": 512}, {}, "tokenizer's codes 1024, the run has 512"),
+        ({}, {"resolution": 64}, "tokenizer's resolution 32, the run has 64; name one of the world's resolution"),
+    ],
+)
+def test_a_model_or_a_world_that_is_not_its_tokenizers_is_refused(tmp_path, tiny_spec, model, world, message):
+    spec = tiny_spec("discrete-raster")
+    data = dataclasses.replace(spec.data, world=dataclasses.replace(spec.data.world, **world))
+    spec = dataclasses.replace(spec, data=data, model=dataclasses.replace(spec.model, **model))
+    with pytest.raises(InvalidInput, match=message):
+        run(spec, tmp_path / spec.id, OFTEN)
+    assert not RunFolder(tmp_path / spec.id).metrics.exists()
+
+
 def test_trained_weights_load_and_corrupt_ones_are_refused(tmp_path, tiny_spec):
     spec = tiny_spec("discrete-raster")
     run(spec, tmp_path / spec.id, OFTEN)

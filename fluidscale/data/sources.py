@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -235,7 +235,15 @@ def open_source(spec: RunSpec, placement: Placement, runs: Path, device: torch.d
     world = World(spec.data.world)
     check_world(spec, world)
     data_dir = Path(placement.data_dir or runs / "data")
-    return WorldSource(spec, world, _tokenizer(spec, placement, device), data_dir, str(device))
+    tokenizer = _tokenizer(spec, placement, device)
+    picture = ("resolution", tokenizer.resolution, world.spec.resolution)
+    facts = (picture, *_token_facts(spec, tokenizer.grid, tokenizer.channels, tokenizer.vocab_size))
+    _require(
+        facts,
+        f"{spec.id}: the tokenizer's",
+        "name one of the world's resolution in a sweep, which takes the rest from it",
+    )
+    return WorldSource(spec, world, tokenizer, data_dir, str(device))
 
 
 def _tokenizer(spec: RunSpec, placement: Placement, device: torch.device | str) -> Tokenizer:
@@ -282,16 +290,26 @@ def check_manifest(spec: RunSpec, manifest: dict[str, Any], folder: Path) -> Non
     facts = (
         ("tokenizer", tokens["sha256"], spec.tokenizer_sha256),
         ("text encoder", text["sha256"], spec.text_encoder_sha256),
-        ("grid", tokens["grid"], model.grid),
-        ("token channels", tokens["channels"], model.token_channels),
-        ("codes", tokens["vocab_size"], model.vocab_size),
+        *_token_facts(spec, tokens["grid"], tokens["channels"], tokens["vocab_size"]),
         ("text width", text["width"], model.text_width),
         ("text length", text["length"], model.text_length),
         ("text vocabulary", 0, model.text_vocab_size),
     )
+    _require(facts, f"{folder}:", "name these shards in the sweep anew")
+
+
+def _token_facts(spec: RunSpec, grid: int, channels: int, vocab_size: int) -> tuple[tuple[str, Any, Any], ...]:
+    """What tokens are, and what the run's model takes them for."""
+    model = spec.model
+    taken = (model.grid, model.token_channels, model.vocab_size)
+    return tuple(zip(("grid", "token channels", "codes"), (grid, channels, vocab_size), taken, strict=True))
+
+
+def _require(facts: Iterable[tuple[str, Any, Any]], where: str, way_out: str) -> None:
+    """Raises InvalidInput at the first (what, there, wanted) that is not the same."""
     for what, there, wanted in facts:
         if there != wanted:
-            raise InvalidInput(f"{folder}: {what} {there}, the run has {wanted}; name these shards in the sweep anew")
+            raise InvalidInput(f"{where} {what} {there}, the run has {wanted}; {way_out}")
 
 
 def check_world(spec: RunSpec, world: Any) -> None:
