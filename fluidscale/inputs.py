@@ -134,7 +134,10 @@ def read_card(name: str, where: str) -> dict[str, Any]:
         card = mapping(json.loads(path.read_text()), str(path))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         known = ", ".join(sorted(p.stem for p in CARDS.glob("*.json")))
-        raise InvalidInput(f"{where}: no tokenizer {name!r} ({path} unreadable); shipped: {known}") from error
+        raise InvalidInput(
+            f"{where}: no tokenizer {name!r} ({path} unreadable); there are: {known}; train another with "
+            "python -m fluidscale.pretrain"
+        ) from error
     check_card(card, str(path), TokenCard)
     return card
 
