@@ -15,9 +15,10 @@ from fluidscale.limits import AtLeastOne, Count, InvalidInput, OneOf, from_dict,
 from fluidscale.record import read_json
 from fluidscale.spec import TOKEN_KINDS, RunSpec
 
+# Where shipped networks and their cards lie: tokenizers, and an embedded world's own judges.
 CARDS = Path(__file__).resolve().parent / "tokens" / "weights"
-# An embedded world's own judges, and of what images each is asked.
 JUDGES = Path(__file__).resolve().parent / "evaluate" / "weights"
+# Of what images each judge is asked.
 _JUDGED_BY = {"detector": "geneval_images_per_prompt", "features": "fd_images"}
 
 

@@ -28,6 +28,7 @@ from fluidscale.evaluate.detect import DetectorNetwork, IconDetector, Target, lo
 from fluidscale.evaluate.features import FeatureNetwork, load_features
 from fluidscale.evaluate.flaws import Pictures, judged_views
 from fluidscale.evaluate.references import references
+from fluidscale.inputs import CARDS, JUDGES
 from fluidscale.spec import InvalidInput, digest
 from fluidscale.sweep import load_world
 from fluidscale.tokens import shipped
@@ -294,7 +295,7 @@ def measure(workshop: Workshop, target: str) -> dict[str, Any]:
 
 
 def _shipped_folder(target: str) -> Path:
-    return shipped.WEIGHTS if target.partition("-")[0] in ("vae", "vq") else shipped.EVALUATE_WEIGHTS
+    return CARDS if target.partition("-")[0] in ("vae", "vq") else JUDGES
 
 
 def _check_writable(folder: Path) -> None:

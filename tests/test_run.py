@@ -215,7 +215,11 @@ def test_what_a_worlds_judges_cannot_judge_is_not_trained(tmp_path, tiny_spec, d
     [
         ({"grid": 3}, {}, "tokenizer's grid 4, the run has 3"),
         ({"vocab_size": 512}, {}, "tokenizer's codes 1024, the run has 512"),
-        ({}, {"resolution": 64}, "tokenizer's resolution 32, the run has 64; name one of the world's resolution"),
+        (
+            {},
+            {"resolution": 64},
+            "tokenizer's resolution 32, the run has 64; name a tokenizer of the world's resolution",
+        ),
     ],
 )
 def test_a_model_or_a_world_that_is_not_its_tokenizers_is_refused(tmp_path, tiny_spec, model, world, message):

@@ -118,7 +118,7 @@ def test_a_tokenizer_is_found_by_its_hash(tokenizer):
 
 def test_damage_is_refused(tmp_path: Path):
     for suffix in (".safetensors", ".json"):
-        shutil.copy(shipped.WEIGHTS / f"icons32-vq{suffix}", tmp_path)
+        shutil.copy(shipped.CARDS / f"icons32-vq{suffix}", tmp_path)
     path = tmp_path / "icons32-vq.safetensors"
     load_tokenizer(str(path))
     data = bytearray(path.read_bytes())
@@ -147,7 +147,7 @@ def test_damage_is_refused(tmp_path: Path):
 )
 def test_a_card_that_is_not_of_its_weights_is_refused_in_one_line(tmp_path, change, planning, loading):
     for suffix in (".safetensors", ".json"):
-        shutil.copy(shipped.WEIGHTS / f"icons32-vq{suffix}", tmp_path)
+        shutil.copy(shipped.CARDS / f"icons32-vq{suffix}", tmp_path)
     path = tmp_path / "icons32-vq.safetensors"
     card = json.loads(path.with_suffix(".json").read_text()) | change
     path.with_suffix(".json").write_text(json.dumps({key: value for key, value in card.items() if value is not None}))

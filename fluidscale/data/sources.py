@@ -241,7 +241,7 @@ def open_source(spec: RunSpec, placement: Placement, runs: Path, device: torch.d
     _require(
         facts,
         f"{spec.id}: the tokenizer's",
-        "name one of the world's resolution in a sweep, which takes the rest from it",
+        "name a tokenizer of the world's resolution in a sweep, which takes the rest from its card",
     )
     return WorldSource(spec, world, tokenizer, data_dir, str(device))
 

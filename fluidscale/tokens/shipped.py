@@ -11,12 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fluidscale.inputs import CARDS, JUDGES
 from fluidscale.record import write_atomic, write_json
 from fluidscale.spec import InvalidInput
-
-_PACKAGE = Path(__file__).resolve().parent.parent
-WEIGHTS = _PACKAGE / "tokens" / "weights"
-EVALUATE_WEIGHTS = _PACKAGE / "evaluate" / "weights"
 
 
 def shipped_cards() -> dict[str, dict[str, Any]]:
@@ -74,7 +71,7 @@ def _weights_path(name_or_path: str) -> Path:
 
 
 def _shipped() -> list[Path]:
-    return [path for folder in (WEIGHTS, EVALUATE_WEIGHTS) for path in sorted(folder.glob("*.json"))]
+    return [path for folder in (CARDS, JUDGES) for path in sorted(folder.glob("*.json"))]
 
 
 def _read_card(path: Path) -> dict[str, Any]:
