@@ -321,6 +321,12 @@ def _run(content: dict[str, Any], arm: str, size: str, seed: int, images: int, w
     data = dict(inputs.data)
     if isinstance(data.get("world"), str):
         data["world"] = canonical(load_world(data["world"]))
+        side, seen = data["world"]["resolution"], card.get("resolution")
+        if seen not in (None, side):
+            raise InvalidInput(
+                f"{where}: tokenizer {card.get('name', '')} is of pictures of {seen} px, the world's have {side}; "
+                "train this world's own (python -m fluidscale.pretrain --help)"
+            )
     spec = from_dict(
         RunSpec,
         {

@@ -146,6 +146,9 @@ def _evaluate_faults(spec: RunSpec) -> Iterator[str]:
         yield from _within(_drawing_faults(evaluate.sampling, model.head.objective if model.head else None))
     if (spec.data.world or {"fid", "fd"} & {*evaluate.judges}) and 0 < evaluate.fd_images < LEAST_FD_IMAGES:
         yield f"evaluate.fd_images is {evaluate.fd_images}: a distance needs at least {LEAST_FD_IMAGES}; or set it to 0"
+    for name in ("val_images", "stepwise_images"):
+        if getattr(evaluate, name) == 1:
+            yield f"evaluate.{name} is 1: one image tells no standard error; give more, or set it to 0"
 
 
 def _within(faults: Iterable[str]) -> Iterator[str]:

@@ -91,6 +91,18 @@ def test_a_world_that_its_judges_do_not_know_is_planned_and_not_started(
         sweep.require_data()
 
 
+def test_a_world_of_another_resolution_than_its_tokenizer_is_refused_when_planned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = read_yaml(SWEEPS / "worlds.yaml")["icons32"]
+    (tmp_path / "mine.yaml").write_text(json.dumps({**row, "resolution": 40}))
+    body = "extends: smoke\nsizes: [50K]\narms: [discrete-raster]\ndefaults: {data: {world: mine.yaml}}\n"
+    (tmp_path / "large.yaml").write_text(body)
+    with pytest.raises(
+        InvalidInput, match="tokenizer icons32-vq is of pictures of 32 px, the world's have 40; train this world's own"
+    ):
+        load_sweep("large.yaml")
+
+
 def test_what_is_extended_lies_beside_the_sweep_or_is_shipped(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("extends: smoke\nsizes: [50K]\n")

@@ -79,6 +79,8 @@ def changed(spec, key, value):
         ("discrete-random", "evaluate.val_images", -1, "evaluate: val_images: expected at least 0"),
         ("discrete-random", "evaluate.fd_images", -5, "evaluate: fd_images: expected at least 0"),
         ("discrete-random", "evaluate.fd_images", 3, "evaluate.fd_images is 3: a distance needs at least 4"),
+        ("discrete-raster", "evaluate.val_images", 1, "evaluate.val_images is 1: one image tells no standard error"),
+        ("discrete-random", "evaluate.stepwise_images", 1, "stepwise_images is 1: one image tells no standard error"),
         ("discrete-random", "evaluate.stepwise_images", -1, "evaluate: stepwise_images: expected at least 0"),
         ("discrete-random", "evaluate.geneval_images_per_prompt", -1, "geneval_images_per_prompt: expected at least 0"),
         ("discrete-random", "evaluate.geneval_unseen", "no", "evaluate: geneval_unseen: expected true or false"),

@@ -29,7 +29,7 @@ def contact_sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns
         for line, text in enumerate(_lines(caption, width, font)):
             pen.text((x + width / 2, y + height + 3 + line * _LINE), text, fill=_INK, font=font, anchor="ma")
     out = io.BytesIO()
-    sheet.save(out, format="PNG", optimize=True)
+    sheet.save(out, format="PNG")
     return out.getvalue()
 
 

@@ -10,6 +10,7 @@ natural colours are as they are: training may show a red apple as "an apple" tho
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 
@@ -22,6 +23,8 @@ from fluidscale.world.captions import RELATIONS, TAGS, Content
 # train and seen draw from the same contents by different random streams.
 SPLITS = ("train", "seen", "unseen", "all")
 
+_KEPT_CONTENTS = 2**14
+
 
 class Combinations:
     """All contents of a world, numbered per tag."""
@@ -30,6 +33,8 @@ class Combinations:
         self._spec = spec
         self._tintable = np.array([i for i, name in enumerate(spec.classes) if name not in UNCOLORED], np.int64)
         self.held_colors, self.held_pairs, self.held_relations = _hold_out(spec, self._tintable)
+        # Scenes ask for the same contents again and again; a large world's are too many to keep them all.
+        self.content = functools.lru_cache(_KEPT_CONTENTS)(self._content)
         self._numbers: dict[tuple[str, str], np.ndarray] = {}
         for tag in TAGS:
             unseen = self._unseen(tag)
@@ -50,8 +55,8 @@ class Combinations:
             raise InvalidInput(f"split {split!r}: this world holds nothing out; see its holdout_fraction")
         return tags
 
-    def content(self, tag: str, number: int) -> Content:
-        """The content with this number."""
+    def _content(self, tag: str, number: int) -> Content:
+        """The content of a tag with this number."""
         i, j, k, m, r = (int(v) for v in self._indices(tag, np.array([number]))[:, 0])
         names, colors = self._spec.classes, (*self._spec.colors, None)
         if tag == "counting":
