@@ -26,9 +26,10 @@ from fluidscale.evaluate.__main__ import main as evaluate
 from fluidscale.evaluate.judges import mask2former as mask2former_module
 from fluidscale.evaluate.judges import official
 from fluidscale.evaluate.judges import scores as judge_scores
-from fluidscale.evaluate.judges.coco import Reference, save_reference, squared
+from fluidscale.evaluate.judges.coco import squared
 from fluidscale.evaluate.judges.dinov2 import load_dinov2
 from fluidscale.evaluate.judges.inception import Inception, load_inception
+from fluidscale.evaluate.judges.reference import Reference, save_reference
 from fluidscale.folder import RunFolder
 from fluidscale.run import run
 from fluidscale.sweep import load_sweep

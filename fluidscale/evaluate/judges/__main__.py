@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 
 from fluidscale.evaluate.judges.clip import ColorClassifier, load_clip
-from fluidscale.evaluate.judges.coco import PROMPTS, load_reference
+from fluidscale.evaluate.judges.coco import PROMPTS
 from fluidscale.evaluate.judges.dinov2 import load_dinov2
 from fluidscale.evaluate.judges.inception import load_inception
 from fluidscale.evaluate.judges.mask2former import load_mask2former
 from fluidscale.evaluate.judges.official import check_official, official_geneval
+from fluidscale.evaluate.judges.reference import load_reference
 from fluidscale.evaluate.judges.scores import as_line, clip_score, coco_distances, keep_scores
 from fluidscale.evaluate.judges.selftest import clip_golden, detector_golden, features_golden, self_tested
 from fluidscale.evaluate.protocol import Progress, Score

@@ -16,33 +16,23 @@ import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from fluidscale.evaluate.extract import BATCH, Extractor
+from fluidscale.evaluate.judges.reference import Reference, save_reference
 from fluidscale.evaluate.protocol import Progress, silent
 from fluidscale.evaluate.share import Share, share_of_environment
 from fluidscale.evaluate.shown import shown
-from fluidscale.published import reference_facts
 from fluidscale.record import write_atomic
 from fluidscale.spec import InvalidInput
 
 PROMPTS, REFERENCE_IMAGES, SIDE, SEED = 30_000, 40_504, 256, 0
 RESIZE = "middle square, Lanczos, 8 bits"
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Features (m, F) of real images and `facts`: which images, how resized, by which extractor."""
-
-    features: np.ndarray
-    facts: dict[str, Any]
 
 
 def coco_prompts(annotations: Path, count: int = PROMPTS, seed: int = SEED) -> list[dict[str, Any]]:
@@ -108,28 +98,6 @@ def reference(
     facts = {"images": folder.name, "images_sha256": content_sha, "n": count, "side": SIDE, "resize": RESIZE}
     facts |= {"extractor": network.name, "extractor_sha256": network.sha256}
     return Reference(share.gathered(np.concatenate(features)), facts)
-
-
-def save_reference(path: Path, kept: Reference) -> None:
-    """One file: features, and what they are of."""
-    content = io.BytesIO()
-    np.savez(content, features=kept.features, facts=np.array(json.dumps(kept.facts, sort_keys=True)))
-    write_atomic(path, content.getvalue())
-
-
-def load_reference(path: Path, network: Extractor) -> Reference:
-    """Raises InvalidInput when the file is damaged, or its statistics are another extractor's."""
-    facts = reference_facts(path)
-    if (measured := facts["extractor_sha256"]) != network.sha256:
-        raise InvalidInput(
-            f"{path}: statistics of {facts['extractor']} {measured[:12]}.., judged with {network.name} "
-            f"{network.sha256[:12]}..; distances between them mean nothing: make the reference with this extractor"
-        )
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            return Reference(content["features"], facts)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise InvalidInput(f"{path}: damaged reference statistics ({error}); make them again") from error
 
 
 def _read(path: Path, content: bytes) -> np.ndarray:

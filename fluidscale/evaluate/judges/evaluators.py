@@ -16,12 +16,12 @@ from fluidscale.evaluate.extract import Extractor
 from fluidscale.evaluate.generate import Drawing, draw_all
 from fluidscale.evaluate.geneval import show_grid
 from fluidscale.evaluate.judges.clip import Clip, ColorClassifier, load_clip
-from fluidscale.evaluate.judges.coco import Reference, load_reference
 from fluidscale.evaluate.judges.dinov2 import load_dinov2
 from fluidscale.evaluate.judges.inception import load_inception
 from fluidscale.evaluate.judges.mask2former import Mask2FormerDetector, load_mask2former
 from fluidscale.evaluate.judges.official import KIND, check_official, official_facts, official_geneval
 from fluidscale.evaluate.judges.pretrained import weights_sha256
+from fluidscale.evaluate.judges.reference import Reference, load_reference
 from fluidscale.evaluate.judges.scores import clip_protocol, clip_score, coco_distances, coco_protocol
 from fluidscale.evaluate.judges.selftest import Device, clip_golden, detector_golden, features_golden, self_tested
 from fluidscale.evaluate.posed import posed_protocol
