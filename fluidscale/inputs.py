@@ -63,6 +63,7 @@ class Inputs:
     text_encoder: str = ""
     text_encoder_sha256: str = ""
     assets: dict[str, str] = field(default_factory=dict)
+    val_images: int | None = None  # that were set aside; None where there are as many as one likes
 
 
 def read_inputs(content: dict[str, Any], where: str) -> Inputs:
@@ -116,7 +117,7 @@ def _encoded(data: dict[str, Any], tokenizer: Any, encoder: str, where: str) -> 
         for name, known, given in (("tokenizer", card, tokenizer), ("text_encoder", text, encoder)):
             if given:
                 assets[known["sha256"]] = str(there(Path(str(given)), f"{where}: {name}"))
-        return Inputs(card, data, model, text["encoder"], text["sha256"], assets)
+        return Inputs(card, data, model, text["encoder"], text["sha256"], assets, manifest["splits"]["val"])
     except (KeyError, TypeError) as error:
         raise InvalidInput(f"{path}: not a manifest of fluidscale.encode ({error!r} is missing)") from error
 
@@ -146,6 +147,15 @@ def read_card(name: str, where: str) -> dict[str, Any]:
 def check_card(card: dict[str, Any], where: str, needed: type[TokenCard]) -> None:
     """Raises InvalidInput for a card that does not say all that is `needed`."""
     from_dict(needed, {field.name: card[field.name] for field in fields(needed) if field.name in card}, where)
+
+
+def check_validation_images(spec: RunSpec, there: int, where: str) -> None:
+    """Raises InvalidInput when a run asks for more validation images than were set aside."""
+    if (asked := spec.evaluate.val_images) > there:
+        raise InvalidInput(
+            f"{where}: {there} validation images, {asked} asked for; lower evaluate.val_images, or encode with a "
+            "larger --val-images"
+        )
 
 
 def check_worlds_judges(spec: RunSpec, where: str) -> None:

@@ -201,15 +201,17 @@ def _record(
     spec: RunSpec, folder: RunFolder, placement: Placement, source: Source, status: str, seconds: float
 ) -> dict[str, Any]:
     """Writes the record of a run that is over, `seconds` of which went into its evaluation."""
-    tokens_per_s = None
+    tokens_per_s, trainers, device_seconds = None, placement.processes, seconds * placement.processes
     if status == "done":
         cost = read_json(folder.checkpoints / "cost.json") or {}
-        seconds, tokens_per_s = seconds + cost["seconds"], cost["tokens_per_s"]
+        # Whoever evaluates may be fewer than trained.
+        trainers = cost.get("processes", placement.processes)
+        device_seconds, tokens_per_s = device_seconds + cost["seconds"] * trainers, cost["tokens_per_s"]
     outcome = {
         "lr_decay_complete": status == "done",
-        "gpu_hours": seconds * placement.processes / 3600,
+        "gpu_hours": device_seconds / 3600,
         "tokens_per_s": tokens_per_s,
-        "mfu": _mfu(spec, tokens_per_s, placement),
+        "mfu": _mfu(spec, tokens_per_s, placement.peak_flops * trainers),
         "status": status,
         "git_rev": git_revision(),
         "versions": _versions(),
@@ -271,14 +273,14 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def _mfu(spec: RunSpec, tokens_per_s: float | None, placement: Placement) -> float | None:
-    """Model FLOPs utilisation: what the run's formulas count, over what the device could have done."""
-    if not placement.peak_flops or tokens_per_s is None:
+def _mfu(spec: RunSpec, tokens_per_s: float | None, peak_flops: float) -> float | None:
+    """Model FLOPs utilisation: what the run's formulas count, over what its devices could have done a second."""
+    if not peak_flops or tokens_per_s is None:
         return None
     from fluidscale.flops import train_flops
 
     per_token = train_flops(spec) / (spec.images * spec.model.num_tokens)
-    return per_token * tokens_per_s / (placement.peak_flops * placement.processes)
+    return per_token * tokens_per_s / peak_flops
 
 
 def _versions() -> str:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fluidscale.inputs import Inputs, check_worlds_judges, read_inputs
+from fluidscale.inputs import Inputs, check_validation_images, check_worlds_judges, read_inputs
 from fluidscale.limits import AtLeastOne, InvalidInput, Positive, Share, from_dict, mapping, typed, unknown_key
 from fluidscale.published import read_judges
 from fluidscale.spec import ARMS, ORDERS, TOKEN_KINDS, RunSpec, Seed, TrainSpec, WorldSpec, canonical
@@ -343,6 +343,8 @@ def _run(content: dict[str, Any], arm: str, size: str, seed: int, images: int, w
         where,
     )
     check(spec, f"{where}: {arm} {size}")
+    if inputs.val_images is not None:
+        check_validation_images(spec, inputs.val_images, f"{where}: data.shards")
     return spec, inputs
 
 

@@ -55,7 +55,12 @@ def take(path: Path, facts: Mapping[str, Any]) -> Claim | None:
             time.sleep(_PAUSE)
             continue
         claim = Claim(path, descriptor)
-        claim.describe(facts)
+        try:
+            claim.describe(facts)
+        except BaseException:
+            # A disk that is full: whoever cannot say so holds nothing.
+            claim.release()
+            raise
         return claim
     os.close(descriptor)
     return None

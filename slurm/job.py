@@ -79,7 +79,9 @@ def execute(spec: RunSpec, run_dir: Path, placement: Placement, should_stop: Cal
 
 
 class StopSignal:
-    """SIGTERM asks the run to stop after its step; a run that does not hear is unwound after STOP_SECONDS."""
+    """SIGTERM asks the run to stop after its step; a run that does not hear is unwound after `patience` seconds."""
+
+    patience = STOP_SECONDS
 
     def __init__(self, *more: int) -> None:
         """`more` signals ask the same."""
@@ -105,7 +107,7 @@ class StopSignal:
             # A second Ctrl-C of somebody who sits there and does not want to wait.
             raise Stopped
         if not self.number:
-            signal.setitimer(signal.ITIMER_REAL, STOP_SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, self.patience)
         self.number = self.number or number
 
     def _unwind(self, *_: Any) -> None:
@@ -209,6 +211,8 @@ class Worker:
         try:
             self._execute(folder, spec, placement)
         finally:
+            # The run is over: nothing is unwound while the reason of its end is asked for.
+            signal.setitimer(signal.ITIMER_REAL, 0)
             # On a full disk even this may fail; the next start then closes it.
             with suppress(OSError):
                 attempts.closed(folder, self._end(folder))

@@ -101,14 +101,17 @@ def _write_back(state: RunState, runs_dir: Path) -> None:
     before = folder.status
     if (before.get("state"), before.get("error")) == (state.state, state.error):
         return
-    held = [claim.take(path, {}) for path in _claims(runs_dir, state.planned.spec.trunk_id)]
-    # Nobody can begin while the claims are ours; whoever began before them has left a sign of life.
-    if all(held) and folder.status == before and before.get("heartbeat") == state.heartbeat and not folder.record:
-        attempts.bury(folder, "stopped" if state.state == "stopped" else attempts.NODE_FAILURE)
-        write_json(folder.path / "status.json", {**before, "state": state.state, "error": state.error})
-    for each in held:
-        if each is not None:
-            each.release()
+    held = []
+    try:
+        held += [claim.take(path, {}) for path in _claims(runs_dir, state.planned.spec.trunk_id)]
+        # Nobody can begin while the claims are ours; whoever began before them has left a sign of life.
+        if all(held) and folder.status == before and before.get("heartbeat") == state.heartbeat and not folder.record:
+            attempts.bury(folder, "stopped" if state.state == "stopped" else attempts.NODE_FAILURE)
+            write_json(folder.path / "status.json", {**before, "state": state.state, "error": state.error})
+    finally:
+        for each in held:
+            if each is not None:
+                each.release()
 
 
 def _claims(runs_dir: Path, trunk_id: str) -> list[Path]:
@@ -183,7 +186,8 @@ def speed(state: RunState) -> tuple[float | None, float | None]:
         return None, None
     spec, placement = state.planned.spec, state.planned.placement
     per_image = 3 * flops.flops_per_image(spec.model)["total"]
-    mfu = state.images_per_s * per_image / placement.peak_flops if placement.peak_flops else None
+    peak = placement.peak_flops * placement.processes
+    mfu = state.images_per_s * per_image / peak if peak else None
     return state.images_per_s * spec.model.num_tokens, mfu
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from slurm.mirror import Mirror, is_remote
 NOTICE_SECONDS = 90
 # The notice may come this much early (sbatch's manual, --signal).
 _EARLY_SECONDS = 60
+# Of a notice, what is left for the way out when a step or its checkpoint does not end.
+_LEAVING_SECONDS = 20.0
 # A requeued task may start before the last process of its former life is dead, and a dead node's locks are freed late.
 _HANDOVER_SECONDS = 300.0
 # After SIGTERM, SLURM decides what becomes of the job: the end (scancel) or the queue (preemption).
@@ -123,6 +126,8 @@ class SlurmStop(StopSignal):
 
     def _notice(self, *_: Any) -> None:
         self._noticed = True
+        # There is time for a long step and its checkpoint.
+        self.patience = NOTICE_SECONDS - _LEAVING_SECONDS
         signal.raise_signal(signal.SIGTERM)
 
     def cause(self) -> str:
@@ -141,7 +146,9 @@ class SlurmStop(StopSignal):
         deadline = time.monotonic() + _LAST_WORD_SECONDS
         while callable(self._requeue) and time.monotonic() < deadline:
             if self._noticed:
-                self._requeue(self._number, None)
+                # A controller that does not answer now may do so in a moment.
+                with suppress(subprocess.SubprocessError):
+                    self._requeue(self._number, None)
             time.sleep(0.2)
         sys.exit(128 + signal.SIGTERM)
 

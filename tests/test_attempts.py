@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import cheap_job
 import pytest
@@ -19,7 +22,7 @@ from fluidscale.folder import RunFolder
 from fluidscale.record import read_json, write_json
 from fluidscale.spec import InvalidInput
 from fluidscale.sweep import load_sweep
-from slurm import attempts, budget, claim, launch, layout, local, plan, status
+from slurm import attempts, budget, claim, launch, layout, local, plan, status, task
 from slurm.attempts import MAX_DEATHS, Attempt
 from slurm.job import StopSignal, Worker, load_queue, work_here
 from slurm.placement import load_profile
@@ -107,6 +110,59 @@ def test_a_run_that_nobody_works_on_is_written_down_as_lost_and_one_that_began_a
     # What was found lost goes on as if nobody had looked.
     work(planned, tmp_path)
     assert all(state.state == "done" for state in status.read_states(planned, tmp_path))
+
+
+def test_a_notice_gives_time_for_a_long_step_and_a_requeue_is_tried_until_it_is_heard(monkeypatch):
+    calls = []
+
+    def requeue(number, _):
+        calls.append(number)
+        if len(calls) < 3:
+            raise subprocess.CalledProcessError(1, "scontrol requeue")
+        raise SystemExit(-1)
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    stop = task.SlurmStop()
+    try:
+        signal.raise_signal(signal.SIGUSR2)
+        assert stop() and 60 < signal.getitimer(signal.ITIMER_REAL)[0] < task.NOTICE_SECONDS
+        with pytest.raises(SystemExit):
+            stop.leave()
+        assert calls == [signal.SIGUSR2] * 3
+    finally:
+        stop.close()
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_look_at_a_full_disk_leaves_no_trunk_claimed(planned, tmp_path, monkeypatch):
+    lost = planned.runs[0]
+    folder = RunFolder(tmp_path / lost.spec.id)
+    attempts.opened(folder, "one", devices=1)
+    folder.set_status("running", step=3)
+    write_json(folder.path / "status.json", {**folder.status, "pid": 2**22 + 1, "heartbeat": 1.0})
+    states = status.read_states(planned, tmp_path)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for owner, name in ((status.attempts, "bury"), (claim.Claim, "describe")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, raising(full))
+            status.write_back(states, tmp_path)
+        assert not claim.is_held(layout.trunk_claim(tmp_path, lost.spec.trunk_id))
+
+
+def raising(error):
+    def raise_it(*_, **__):
+        raise error
+
+    return raise_it
+
+
+def test_a_live_mfu_is_of_all_devices(planned):
+    placement = dataclasses.replace(planned.runs[0].placement, peak_flops=1e12, strategy="ddp", devices=2, nodes=2)
+    one, four = (
+        status.speed(SimpleNamespace(images_per_s=100.0, planned=dataclasses.replace(planned.runs[0], placement=where)))
+        for where in (dataclasses.replace(placement, strategy="single", devices=1, nodes=1), placement)
+    )
+    assert one[0] == four[0] and one[1] == pytest.approx(4 * four[1])
 
 
 def work(planned, runs, **options):

@@ -16,10 +16,11 @@ from fluidscale.evaluate.distances import frechet, moments
 from fluidscale.evaluate.fid import distances
 from fluidscale.evaluate.judges import scores as judge_scores
 from fluidscale.evaluate.judges.__main__ import main as judge
-from fluidscale.evaluate.judges.coco import coco_prompts, prompts_sha256, reference, squared
+from fluidscale.evaluate.judges.coco import coco_prompts, reference, squared
 from fluidscale.evaluate.judges.coco import main as coco
 from fluidscale.evaluate.judges.inception import Inception, load_inception, stretched
 from fluidscale.evaluate.judges.reference import Reference, load_reference, save_reference
+from fluidscale.evaluate.judges.scores import prompts_sha256
 from fluidscale.evaluate.share import Share
 from fluidscale.spec import InvalidInput
 

@@ -66,6 +66,9 @@ def test_shards_hold_the_tokens_and_the_captions_of_their_images(stack):
     for split in ("train", "val"):
         shards = CaptionedShards(stack / "shards", split)
         rows = [row for row in index if row["split"] == split]
+        if split == "val":
+            # In the order of hashes: the first few of them are as good as random too.
+            rows.sort(key=lambda row: row["sha256"])
         assert shards.rows == len(rows)
         everything = np.arange(shards.rows)
         images = np.stack([square((stack / "images" / row["image"]).read_bytes(), 32) for row in rows])

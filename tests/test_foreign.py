@@ -73,6 +73,8 @@ def test_a_kl_folder_is_scaled_shifted_and_grouped(vae, images):
     with torch.inference_mode():
         pixels = network.decode(drawn.mean).sample
     np.testing.assert_array_equal(tokenizer.decode(mean), to_images(pixels))
+    # Of all 16 channels of a token, each scaled as drawn: by 1 / .7.
+    assert tokenizer.log_scale == pytest.approx(16 * np.log(1 / 0.7))
 
 
 def test_the_posterior_and_the_grouping_are_settings_and_part_of_the_hash(vae, images, tmp_path):

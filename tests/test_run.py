@@ -7,9 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from fluidscale.flops import train_flops
 from fluidscale.folder import RunFolder, trunk_checkpoint, trunk_folder
-from fluidscale.record import VOLATILE, Placement
+from fluidscale.record import VOLATILE, Placement, is_full, read_json, write_json
 from fluidscale.run import load_trained, main, run
 from fluidscale.spec import ARMS, InvalidInput, to_json
 from fluidscale.train.callbacks import Monitor, Stopped
@@ -121,6 +123,29 @@ def test_a_finished_run_costs_nothing(tmp_path, tiny_spec):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / spec.id).rglob("*")}
     assert run(spec, tmp_path / spec.id, OFTEN) == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / spec.id).rglob("*")} == before
+
+
+def test_hours_count_those_who_trained_and_those_who_judged(tmp_path, tiny_spec):
+    spec = tiny_spec("discrete-raster")
+    folder = RunFolder(tmp_path / spec.id)
+    run(spec, folder.path, dataclasses.replace(OFTEN, evaluate=False))
+    cost = {**read_json(folder.checkpoints / "cost.json"), "seconds": 3600.0, "tokens_per_s": 1e6}
+    assert cost["processes"] == 1
+    write_json(folder.checkpoints / "cost.json", {**cost, "processes": 8})
+    record = run(spec, folder.path, dataclasses.replace(OFTEN, peak_flops=1e12))
+    assert 8.0 < record["gpu_hours"] < 8.1
+    assert record["mfu"] == pytest.approx(1e6 / (spec.images * 16) * train_flops(spec) / 8e12)
+
+
+def test_weights_that_find_no_room_are_the_disks_fault(tmp_path, tiny_spec, monkeypatch):
+    def full(state, path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    spec = tiny_spec("discrete-raster")
+    monkeypatch.setattr("fluidscale.train.fit.save_file", full)
+    with pytest.raises(OSError) as caught:
+        run(spec, tmp_path / spec.id, OFTEN)
+    assert is_full(caught.value) and RunFolder(tmp_path / spec.id).status["state"] != "failed"
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path, tiny_spec):

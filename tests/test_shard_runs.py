@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from real_formats import encoding, saved_stack, tiny_t5
 
 from fluidscale import encode, sample
+from fluidscale.data import captioned
 from fluidscale.data.sources import CaptionedRows, check_features, open_source
 from fluidscale.record import Placement, read_json
 from fluidscale.run import main, run
@@ -153,7 +155,9 @@ def test_a_sweep_names_its_shards_and_reads_the_rest_from_them(stack, planned, t
         ("vae-shards", "gone-shards", "python -m fluidscale.encode"),
         ("tokenizer: " + str(stack / "vae"), "tokenizer: " + str(stack / "gone"), "no such file or folder"),
         ("vae-shards", "vq-shards", "cannot use the discrete tokenizer"),
+        ("val_images: 4", "val_images: 5", "4 validation images, 5 asked for; lower evaluate.val_images"),
     ):
+        assert before in text
         (tmp_path / "bad.yaml").write_text(text.replace(before, after))
         with pytest.raises(InvalidInput, match=message):
             load_sweep(str(tmp_path / "bad.yaml"), arms=["continuous-raster"])
@@ -174,3 +178,15 @@ def test_a_sweep_can_be_planned_before_anything_is_encoded(stack, tmp_path):
         sweep.require_data()
     with pytest.raises(InvalidInput, match="planned only"):
         open_source(sweep.runs[0], Placement(), tmp_path)
+
+
+def test_as_many_files_may_be_open_as_the_parts_need():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (600, hard))
+        captioned._allow_files(50)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 600
+        captioned._allow_files(300)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(hard, 812) > 600
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,3 +1,4 @@
+import errno
 import threading
 
 import numpy as np
@@ -36,6 +37,16 @@ def test_what_is_there_is_not_encoded_again(tmp_path, monkeypatch):
     ensure(tmp_path / "data", {"a": 1}, 25, counted)
     ensure(tmp_path / "data", {"a": 1}, 25, counted)
     assert calls == [0, 10, 10, 20]
+
+
+def test_a_full_disk_is_told_by_its_number_and_keeps_nothing_half_written(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises(OSError) as caught:
+        ensure(tmp_path / "data", {"a": 1}, 25, encode)
+    assert caught.value.errno == errno.ENOSPC and not list((tmp_path / "data").glob("*.tmp"))
 
 
 def test_two_at_once_encode_once(tmp_path):

@@ -13,8 +13,10 @@ manifest.json              written last; its sha256 is what a run's spec names
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from fluidscale.tokens.folders import file_sha256
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 # Features are kept bit for bit: numpy has no bfloat16, so its bits are stored as uint16.
+# Files of a part at most, and descriptors that a process needs for all else.
+_KINDS, _OTHER_FILES = 5, 512
 STORED = {"bfloat16": np.uint16, "float32": np.float32}
 
 
@@ -97,6 +101,7 @@ class CaptionedShards:
         self._chosen = _mapped(folder / f"rows-{split}.npy")
         self.rows = len(self._chosen)
         self._first = np.cumsum([0, *(part["rows"] for part in self.manifest["parts"])])
+        _allow_files(_KINDS * len(self.manifest["parts"]))
         self._parts = [self._open(part["name"]) for part in self.manifest["parts"]]
 
     def _open(self, name: str) -> dict[str, np.ndarray]:
@@ -131,10 +136,23 @@ class CaptionedShards:
         return [(self._parts[part], row) for part, row in zip(parts.tolist(), within.tolist(), strict=True)]
 
 
+def _allow_files(more: int) -> None:
+    """Every mapped file holds a descriptor: as many as the system lets a process have, where the usual 1024 are few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = more + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 def _mapped(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise InvalidInput(
+                f"{path}: {error.strerror}: raise the limit (ulimit -n), or encode into fewer parts"
+            ) from error
         raise InvalidInput(f"{path}: not readable ({error}); {_way_out(path)}") from error
 
 

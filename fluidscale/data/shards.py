@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -118,10 +119,15 @@ def _write(folder: Path, recipe: Any, rows: int, encode: Encode, progress: Progr
 
 
 def _save(path: Path, array: np.ndarray) -> str:
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, np.ascontiguousarray(array))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary, content = path.with_suffix(".tmp"), io.BytesIO()
+    # Through memory: a full disk is then an error that says so, which numpy's own writing hides.
+    np.save(content, np.ascontiguousarray(array))
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return _sha(path)

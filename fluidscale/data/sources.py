@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fluidscale.data.captioned import CaptionedShards, read_manifest
 from fluidscale.data.shards import Shards, ensure
+from fluidscale.inputs import check_validation_images
 from fluidscale.kept import Kept
 from fluidscale.model.transformer import Text
 from fluidscale.record import Placement, write_atomic
@@ -170,11 +171,6 @@ class ShardSource:
 
     def validation(self, first: int, count: int) -> tuple[Tensor, Text]:
         rows, chosen = self._rows(self._shards("val")), np.arange(first, first + count)
-        if first + count > rows.rows:
-            raise InvalidInput(
-                f"{self.folder}: {rows.rows} validation images, {self.spec.evaluate.val_images} asked for; "
-                "lower evaluate.val_images, or encode with a larger --val-images"
-            )
         tokens, text = rows.gather(chosen, np.zeros_like(chosen))
         return tokens.float() if tokens.is_floating_point() else tokens.long(), text
 
@@ -296,6 +292,7 @@ def check_manifest(spec: RunSpec, manifest: dict[str, Any], folder: Path) -> Non
         ("text vocabulary", 0, model.text_vocab_size),
     )
     _require(facts, f"{folder}:", "name these shards in the sweep anew")
+    check_validation_images(spec, manifest["splits"]["val"], str(folder))
 
 
 def _token_facts(spec: RunSpec, grid: int, channels: int, vocab_size: int) -> tuple[tuple[str, Any, Any], ...]:

@@ -65,8 +65,12 @@ def share_of_environment() -> Share:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1:
         return Share()
+    import torch
     import torch.distributed as dist
 
+    if torch.cuda.is_available():
+        # "cuda" is then this process's own GPU, wherever it is said.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if not dist.is_initialized():
         # Only arrays on the host are exchanged.
         dist.init_process_group("gloo")

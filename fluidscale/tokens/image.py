@@ -64,7 +64,8 @@ class KLTokenizer:
         self.network, self.device = network, device
         self.resolution, self.grid, self.channels = card["resolution"], card["grid"], card["channels"]
         self.sha256, self.references = card["sha256"], references(card)
-        self.log_scale = float(network.scale.double().log().sum())
+        # Another project's network has one scale for all channels.
+        self.log_scale = float(network.scale.double().expand(self.channels).log().sum())
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fluidscale.data.sources import Rows
@@ -67,14 +69,27 @@ def fit(
     gathered = ((name, whole(tensor)) for name, tensor in module.model.state_dict().items())
     state = {name: tensor for name, tensor in gathered if ranks.leads}
     if ranks.leads:
-        write_json(folder.checkpoints / "cost.json", {"seconds": monitor.seconds, "tokens_per_s": monitor.tokens_per_s})
+        cost = {"seconds": monitor.seconds, "tokens_per_s": monitor.tokens_per_s, "processes": placement.processes}
+        write_json(folder.checkpoints / "cost.json", cost)
         with atomic(folder.weights) as weights:
-            save_file(state, weights)
+            _save(state, weights)
         # The averaged weights are kept; the optimiser's state is of use to the trunk only, which keeps its own.
         for name in (NEWEST, PREVIOUS):
             remove(folder.checkpoints / name)
         if spec.train.branch_step == branches[-1]:
             prune_trunk(trunk)
+    # The others read the weights next.
+    ranks.barrier()
+
+
+def _save(state: dict[str, torch.Tensor], path: Path) -> None:
+    """Raises OSError with its number where the system refuses: safetensors hides it in a message of its own."""
+    try:
+        save_file(state, path)
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number[1]), str(error)) from error
+        raise
 
 
 def _model(spec: RunSpec, placement: Placement, fresh: bool) -> tuple[FluidModel, list[Fill]]:

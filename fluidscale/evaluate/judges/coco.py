@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fluidscale.evaluate.extract import BATCH, Extractor
 from fluidscale.evaluate.judges.reference import Reference, save_reference
+from fluidscale.evaluate.judges.scores import prompts_sha256
 from fluidscale.evaluate.protocol import Progress, silent
 from fluidscale.evaluate.share import Share, share_of_environment
 from fluidscale.evaluate.shown import shown
@@ -56,11 +56,6 @@ def coco_prompts(annotations: Path, count: int = PROMPTS, seed: int = SEED) -> l
         caption_id, text = choices[int(rng.integers(len(choices)))]
         rows.append({"prompt": " ".join(text.split()), "image_id": images[index], "caption_id": caption_id})
     return rows
-
-
-def prompts_sha256(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Names a list of prompts by its texts, in order."""
-    return hashlib.sha256("\n".join(row["prompt"] for row in rows).encode()).hexdigest()
 
 
 def squared(image: Image.Image, side: int = SIDE) -> np.ndarray:

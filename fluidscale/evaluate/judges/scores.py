@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from fluidscale.evaluate.distances import moments
 from fluidscale.evaluate.extract import BATCH, Extractor, features_of
 from fluidscale.evaluate.fid import distances, too_few, with_error
 from fluidscale.evaluate.judges.clip import clip_scores
-from fluidscale.evaluate.judges.coco import Reference, prompts_sha256
+from fluidscale.evaluate.judges.reference import Reference
 from fluidscale.evaluate.protocol import Metric, Progress, Score, protocol_id
 from fluidscale.evaluate.samples import DRAWING, Samples
 from fluidscale.evaluate.share import Share
@@ -19,6 +20,11 @@ from fluidscale.record import read_json, write_json
 from fluidscale.spec import InvalidInput
 
 SCORES = "scores.json"
+
+
+def prompts_sha256(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Names a list of prompts by its texts, in order."""
+    return hashlib.sha256("\n".join(row["prompt"] for row in rows).encode()).hexdigest()
 
 
 def coco_distances(
