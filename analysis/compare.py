@@ -182,6 +182,7 @@ def _run_to_run(
     if between is not None and pair.seeded:
         return between[0] / len(pair.by_seed), between[1]
     variance = dof = 0.0
+    lent = fits[0] is fits[1] and fits[0] is not None
     for points, at, fit in zip((a, b), (pair.a, pair.b), fits, strict=True):
         if points.kind == "score":
             variance += _evaluation(points, at) * (fit.seeds.total if fit is not None else 0.0)
@@ -190,7 +191,14 @@ def _run_to_run(
             spread, freedom = _run_variance(points, fit)
             variance += float(spread[at].mean()) / len(at)
             dof += freedom
-    return variance, dof or float("inf")
+    # One law's scatter, said twice, is known no better for it.
+    return variance, (dof / 2 if lent else dof) or float("inf")
+
+
+def _borrowed(fits: Sequence[Fit | None], noises: Noises) -> list[Fit | None]:
+    """The laws that say how much a run scatters: of an arm with neither law nor replicates, the other arm's."""
+    lent = [other if noise is None else None for other, noise in zip(fits[::-1], noises, strict=True)]
+    return [fit or other for fit, other in zip(fits, lent, strict=True)]
 
 
 def _one_size(
@@ -263,7 +271,7 @@ def contrast(
     if not (own_protocols or comparable(a, b)):
         return None
     pairs = [_pair(a, b, i, j) for i, j in _common_sizes(a, b)]
-    between, fits = _between_seeds(pairs), (fit_a, fit_b)
+    between, fits = _between_seeds(pairs), _borrowed((fit_a, fit_b), noises)
     chosen = {"smallest": pairs[:1], "largest": pairs[-1:], "all": pairs}[at]
     rows = tuple(int(r) for p in chosen for r in (*a.rows[p.a], *b.rows[p.b]))
     sizes = [_one_size(a, b, p, between, fits) for p in chosen]

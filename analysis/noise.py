@@ -169,6 +169,22 @@ def seed_variance(groups: Sequence[Points]) -> SeedVariance:
     return SeedVariance(noise, apart, dof_between)
 
 
+def replicated(points: Sequence[Points]) -> dict[tuple[str, str, str], SeedVariance]:
+    """`seed_variance` by metric, kind and group: groups of one unit pooled, or each its own where they are unlike."""
+    sets: dict[tuple[str, str, str], list[Points]] = {}
+    for p in points:
+        sets.setdefault((p.metric, p.unit, p.kind), []).append(p)
+    out = {}
+    for (metric, _, kind), members in sets.items():
+        alike = [p.alike() for p in members]
+        whole = seed_variance(alike)
+        apart = unlike([noise for p in alike if (noise := seed_noise(p)) is not None])
+        for p, mine in zip(members, alike, strict=True):
+            own = seed_variance([mine]) if apart else whole
+            out[metric, kind, p.name] = own if own.dof else whole
+    return out
+
+
 def lack_of_fit(fit: Fit, noise: SeedNoise | None) -> list[Warned]:
     """A blocking remark where the residuals are larger than replicates allow: the law's form is wrong there."""
     if noise is None or not fit.objective.logarithmic or noise.variance == 0:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from analysis.fit import Fit, Warned, default_objective, fit
 from analysis.laws import Law, law
-from analysis.noise import lack_of_fit, of_form, seed_variance
+from analysis.noise import lack_of_fit, of_form, replicated, seed_variance
 from analysis.points import Points, data_levels, select
 from analysis.settings import varied
 from analysis.solver import HUBER_DELTA, Objective
@@ -273,27 +273,19 @@ def _gone(excluded: Sequence[Mapping[str, object]]) -> str:
     return f" ({len(excluded)} rows were left out: {'; '.join(list(reasons)[:2])})" if excluded else ""
 
 
-def _replicated(points: Sequence[Points]) -> dict[tuple[str, str, str], SeedVariance]:
-    """By metric, unit and kind, pooled over groups: replicates are few, and arms of one metric are alike."""
-    sets: dict[tuple[str, str, str], list[Points]] = {}
-    for p in points:
-        sets.setdefault((p.metric, p.unit, p.kind), []).append(p.alike())
-    return {key: seed_variance(members) for key, members in sets.items()}
-
-
 def study(table: Table, choice: Choice) -> Study:
     """Fits everything asked for; a fit the data cannot carry is listed as refused.
 
     Raises InvalidTable when what was asked for by name cannot be done for any group.
     """
     found, refused, excluded = _selected(table, choice)
-    seeds, fits = _replicated(found), []
+    seeds, fits = replicated(found), []
     for points in found:
         for chosen in [] if points.mixed else _requested(points, choice):
             if not choice.laws and not _axes_present(chosen, table):
                 continue
             try:
-                fits.append(fit_one(chosen, points, choice, seeds=seeds[points.metric, points.unit, points.kind]))
+                fits.append(fit_one(chosen, points, choice, seeds=seeds[points.metric, points.kind, points.name]))
             except InvalidTable as error:
                 refused.append(_refusal(points.group, points.metric, error, chosen))
     if not fits and choice.explicit and refused:

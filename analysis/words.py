@@ -171,8 +171,9 @@ def summary(doc: Document) -> list[str]:
             f"Of {len(doc['verdicts'])} published claims: " + ", ".join(f"{n} {s}" for s, n in counts.items()) + "."
         )
     noise = [n["standard_deviation"] for n in doc["noise"] if n["metric"] == doc["headline_metric"]]
-    if noise and not any(noise) and doc["fits"]:
-        out.append("No run was repeated with another seed: intervals rest on the scatter around the laws alone.")
+    if noise and not any(noise):
+        rest = "rest on the scatter around the laws" if doc["fits"] else "hold the evaluation's error"
+        out.append(f"No run was repeated with another seed: intervals {rest} alone.")
     if doc["refused"] and not doc["fits"]:
         code, reason, _ = gathered(doc)[0]
         out.append(f"No law was fitted, {code}: {reason}.")

@@ -69,8 +69,9 @@ def _score(found: Sequence[Answer]) -> float:
 
 
 def protocols_any_n(spec: RunSpec, run_dir: Path, found: Mapping[str, Sequence[Answer]]) -> dict[str, str]:
-    """`<metric>_protocol_any_n` of every score: who judged what under which guidance, whatever the number of images.
+    """`<metric>_protocol_any_n` of every score: who judged what, whatever the number of images.
 
+    In an embedded world the guidance is part of it, one for all arms; the paper's arms have each their own.
     A mean over prompts is unbiased in that number: scores that differ in it alone may share a law. Empty where the
     results do not lie in the run's folder.
     """
@@ -88,7 +89,8 @@ def protocols_any_n(spec: RunSpec, run_dir: Path, found: Mapping[str, Sequence[A
         # Of this score's prompts alone: a lighter evaluation asks fewer of other scores.
         facts = {**judge, "prompts": sorted({(a.tag, a.prompt) for a in asked})}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
-        return f"geneval-{spec.data.name}-g{spec.evaluate.sampling.guidance_scale:g}-{digest}"
+        guidance = f"-g{spec.evaluate.sampling.guidance_scale:g}" if spec.data.world else ""
+        return f"geneval-{spec.data.name}{guidance}-{digest}"
 
     tags = {f"geneval_{answer.tag}": found["geneval"] for answer in found.get("geneval", ())}
     return {f"{metric}_protocol_any_n": name(asked) for metric, asked in {**found, **tags}.items()}

@@ -177,6 +177,16 @@ def test_without_a_law_other_seeds_are_in_the_interval_of_a_difference(spread: f
     assert len(found) == 600 and 0.92 < covered < 0.985
 
 
+def test_an_arm_without_a_law_or_a_replicate_is_as_noisy_as_the_other() -> None:
+    apart = 0
+    for k in range(100):
+        whole, part = (arm(name, 1.0, 20.0, 0.18, seed) for name, seed in (("whole", 2 * k), ("part", 2 * k + 1)))
+        found = contrast(whole, part.take(np.arange(8) < 3), law_of(whole), None, "largest", 0.95)
+        assert found is not None
+        apart += not found.low <= 0 <= found.high
+    assert apart <= 11
+
+
 def test_two_settings_with_two_seeds_each_are_enough_to_be_honest() -> None:
     """Two degrees of freedom make a wide interval, not none: the images' error alone would be ten times too narrow."""
     rng = np.random.default_rng(0)

@@ -9,7 +9,7 @@ from analysis.bootstrap import intervals
 from analysis.fit import fit
 from analysis.intervals import allocation_exponent, parameter_intervals, predict
 from analysis.laws import law
-from analysis.noise import lack_of_fit, of_form, pooled, seed_noise, seed_variance, unlike
+from analysis.noise import lack_of_fit, of_form, pooled, replicated, seed_noise, seed_variance, unlike
 from analysis.points import Points
 from analysis.simulate import CHINCHILLA, chinchilla_points, grid, trunk_points
 from analysis.solver import Objective
@@ -191,6 +191,17 @@ def test_a_law_is_held_to_seeds_of_its_own_unit_and_of_its_own_arm_where_arms_ar
     assert unlike([n for n in map(seed_noise, even) if n]) is None
     ends = unlike([n for n in map(seed_noise, [*even, loud]) if n])
     assert ends is not None and ends[1].group == "loud"
+
+
+def test_where_arms_are_unlike_a_law_rests_on_its_own_arms_seeds() -> None:
+    rng, blamed = np.random.default_rng(1), 0
+    for _ in range(20):
+        quiet, loud = (seeded(spread, 4, "nats", name, rng) for spread, name in ((0.002, "quiet"), (0.02, "loud")))
+        found, held = replicated([quiet, loud]), of_form([quiet, loud])
+        own = found[quiet.metric, quiet.kind, "quiet"]
+        assert 0.001 < own.total**0.5 < 0.004 < found[loud.metric, loud.kind, "loud"].total ** 0.5
+        blamed += bool(lack_of_fit(fit(law("power-floor"), quiet, seeds=own), held[quiet.metric, "quiet"]))
+    assert blamed <= 1
 
 
 @pytest.mark.parametrize("seeds, others", [(2, 0), (1, 2)])

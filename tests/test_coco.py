@@ -20,7 +20,7 @@ from fluidscale.evaluate.judges.coco import coco_prompts, reference, squared
 from fluidscale.evaluate.judges.coco import main as coco
 from fluidscale.evaluate.judges.inception import Inception, load_inception, stretched
 from fluidscale.evaluate.judges.reference import Reference, load_reference, save_reference
-from fluidscale.evaluate.judges.scores import prompts_sha256
+from fluidscale.evaluate.judges.scores import coco_protocol, prompts_sha256
 from fluidscale.evaluate.share import Share
 from fluidscale.spec import InvalidInput
 
@@ -184,9 +184,12 @@ def test_fid_by_command_and_what_is_refused(weights, tmp_path, capsys, monkeypat
     assert scores["fid"]["value"] == pytest.approx(
         frechet(*(moments(features[:, ::32]) for features in both)), rel=1e-4
     )
-    assert scores["fid"]["protocol"].startswith("coco0k-inception-g5-")
+    assert scores["fid"]["protocol"].startswith("coco0k-inception-")
     facts = scores["fid"]["extra"]
     assert facts["reference"]["n"] == 12 and facts["sampling"] == {"guidance_scale": 5} and facts["prompts_sha256"]
+    # Arms that are drawn each under a guidance of its own are compared: it is told, and is not part of the protocol.
+    names = [coco_protocol("inception", [{"prompt": "a"}], {}, {"guidance_scale": scale})[0] for scale in (1.6, 5)]
+    assert names[0] == names[1]
     assert judge([*judging, "30000"]) == 2
     assert "8 prompts, the protocol has 30000" in capsys.readouterr().err
     small = drawn(tmp_path / "small", 4, side=64)

@@ -85,6 +85,11 @@ def test_the_number_of_images_does_not_change_the_protocol_and_the_judge_does(tm
     record = evaluated(tmp_path / "guided", 4, 1)
     assert protocols_any_n(guided, tmp_path / "guided", answers(tmp_path / "guided", record)) != names["four"]
     assert protocols_any_n(SPEC, tmp_path / "guided", {}) == {}
+    # The paper's arms have each a guidance of their own, and are compared.
+    published = [dataclasses.replace(spec, data=dataclasses.replace(spec.data, world=None)) for spec in (SPEC, guided)]
+    asked = answers(tmp_path / "guided", record)
+    names = [protocols_any_n(spec, tmp_path / "guided", asked) for spec in published]
+    assert names[0] == names[1]
 
 
 def test_a_lighter_evaluation_without_held_out_prompts_keeps_the_scores_protocol(tmp_path: Path) -> None:

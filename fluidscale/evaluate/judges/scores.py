@@ -57,10 +57,13 @@ def coco_distances(
 def coco_protocol(
     network: str, rows: Sequence[Mapping[str, Any]], reference: dict[str, Any], sampling: dict[str, Any] | None
 ) -> tuple[str, dict[str, Any]]:
-    """How images of `rows` are compared with a reference, and the facts behind that name."""
-    facts = {"reference": reference, "prompts_sha256": prompts_sha256(rows), "sampling": sampling}
-    guidance = (sampling or {}).get("guidance_scale")
-    return protocol_id(f"coco{len(rows) // 1000}k-{network}-g{guidance}", **facts), facts
+    """How images of `rows` are compared with a reference, and the facts behind that name.
+
+    How they were drawn is among the facts and not in the name: the paper gives each arm a guidance and a temperature of
+    its own, and compares them.
+    """
+    facts = {"reference": reference, "prompts_sha256": prompts_sha256(rows)}
+    return protocol_id(f"coco{len(rows) // 1000}k-{network}", **facts), {**facts, "sampling": sampling}
 
 
 def clip_score(samples: Samples, clip: Any, share: Share, progress: Progress) -> Score:
