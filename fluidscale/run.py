@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import logging
 import os
 import signal
@@ -147,6 +148,7 @@ def _compute(
         log.warning("diverged: %s", error)
         status = "diverged"
     record = None
+    _release(device_of(placement))
     if status == "diverged" or placement.evaluate:
         seconds = _judge(spec, folder, placement, source, ranks) if status == "done" else 0.0
         record = _record(spec, folder, placement, source, status, seconds) if ranks.leads else None
@@ -155,6 +157,15 @@ def _compute(
     # Not after a fault: the others are then waiting elsewhere, and end with this process.
     ranks.barrier()
     return record
+
+
+def _release(device: Any) -> None:
+    """Gives back what training held of a GPU: it hangs in Lightning's cycles, and judges are about to be loaded."""
+    import torch
+
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _rehearse(spec: RunSpec, folder: RunFolder, placement: Placement, source: Source, ranks: Ranks) -> None:

@@ -31,6 +31,9 @@ _JUDGE_FLOPS = {"geneval": 4.4e11, "fid": 1.1e10, "fd": 1.6e11, "clip_score": 1.
 # of the tokens; the two stepwise likelihoods, 16 steps each of at most 256 images.
 _VIEWS = {"raster": 2, "random": 8}
 _STEPWISE_VIEWS, _STEPWISE_IMAGES = 32, 256
+# What TF32 and float32 take of a GPU's time, as multiples of bf16's: NVIDIA's data sheets of A100 (312, 156 and 19.5
+# TFLOP/s, dense) and H100 SXM (989, 495 and 67).
+_SLOWER = (2.0, 15.0)
 # A PNG costs about this many bytes a pixel of an icon scene.
 _PNG_BYTES = 1.2
 
@@ -93,8 +96,7 @@ def cost(spec: RunSpec, first_step: int, profile: Profile) -> Cost:
     evaluating = profile.evaluating or profile
     return Cost(
         train_seconds=steps * step_seconds,
-        # Images are shared out; every process makes the passes over the validation images.
-        evaluate_seconds=(_drawn_flops(spec) / evaluating.processes + _passes_flops(spec)) / rate,
+        evaluate_seconds=_evaluate_seconds(spec, profile, evaluating.processes),
         other_seconds=profile.run_seconds,
         devices=profile.processes,
         evaluating_devices=evaluating.processes,
@@ -107,6 +109,13 @@ def cost(spec: RunSpec, first_step: int, profile: Profile) -> Cost:
 def samples_at_once(spec: RunSpec, profile: Profile) -> float:
     """Samples whose activations one device holds."""
     return profile.micro_batch or spec.train.batch / profile.processes
+
+
+def _evaluate_seconds(spec: RunSpec, profile: Profile, processes: int) -> float:
+    """Images are shared out and drawn in TF32; every process makes all passes over validation images, in float32."""
+    drawing, passing = _SLOWER if "16" in profile.precision else (1.0, 1.0)
+    work = drawing * _drawn_flops(spec) / processes + passing * _passes_flops(spec)
+    return work / (profile.sustained_tflops * 1e12)
 
 
 def evaluation_flops(spec: RunSpec) -> float:

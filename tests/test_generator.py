@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import ARMS, arm_spec, awake, sampling_of, text_of
 
-from fluidscale.model.generator import SCHEDULES, generate
+from fluidscale.model.generator import SCHEDULES, generate, tensor_cores
 from fluidscale.model.transformer import Text
 from fluidscale.spec import GUIDANCE_SCHEDULES, InvalidInput
 
@@ -122,3 +122,12 @@ def test_fewer_denoising_steps_are_taken_as_more_is_known(arm):
     assert counts[10] == 10 * steps and 0.5 < counts[2] / counts[10] < 0.85
     with pytest.raises(InvalidInput, match="final_denoising_steps"):
         generate(model, text, dataclasses.replace(sampling, final_denoising_steps=-1), [1, 2])
+
+
+def test_a_gpu_draws_in_tf32_and_measures_in_float32():
+    assert torch.get_float32_matmul_precision() == "highest"
+    for device, precision in (("cuda", "high"), ("cpu", "highest")):
+        with pytest.raises(KeyError), tensor_cores(torch.device(device)):
+            assert torch.get_float32_matmul_precision() == precision
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == "highest"

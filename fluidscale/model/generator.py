@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,6 +16,21 @@ from fluidscale.model.transformer import Text
 from fluidscale.spec import InvalidInput, SamplingSpec
 
 Progress = Callable[[int, int], None]
+
+
+@contextmanager
+def tensor_cores(device: torch.device) -> Iterator[None]:
+    """On a GPU, float32 products by TF32 meanwhile: seven times as many a second by an H100's data sheet.
+
+    MAR draws under autocast, with fewer digits still. Losses and likelihoods are measured in float32 throughout.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @torch.inference_mode()
@@ -33,6 +49,18 @@ def generate(
     otherwise both branches run as one batch. `progress` is called with (steps done, all steps). Raises InvalidInput for
     settings that do not fit the model.
     """
+    with tensor_cores(model.device):
+        return _generate(model, text, sampling, seeds, progress, scales)
+
+
+def _generate(
+    model: FluidModel,
+    text: Text,
+    sampling: SamplingSpec,
+    seeds: Sequence[int],
+    progress: Progress | None,
+    scales: Sequence[float] | None,
+) -> Tensor:
     batch, length = len(seeds), model.spec.num_tokens
     if len(text.mask) != batch:
         raise InvalidInput(f"one seed per caption is needed: got {batch} seeds for {len(text.mask)} captions")
