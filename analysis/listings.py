@@ -202,7 +202,9 @@ def matches(doc: Document) -> Listing:
     for m in telling(doc, doc.get("matched", [])):
         values = " and ".join(digits(v) for v in m["values"])
         effects = [f"{digits(e[0])} {span(e[1:])}" if e else "–" for e in (m["effect"], m["net_effect"])]
-        rows.append((m["a"], m["b"], title_of(m["metric"]), m["matched"], short(m["at"]), values, *effects))
+        # without a column of data sizes, equal images are equal rungs alone
+        at = "–" if m["at"] is None else short(m["at"])
+        rows.append((m["a"], m["b"], title_of(m["metric"]), m["matched"], at, values, *effects))
     note = (
         "Equal images: runs of the largest rung and data size that both have. Equal parameters (head and vocabulary "
         "counted) and equal training FLOPs: law against law, at the most that both have measured. Scores: difference; "

@@ -9,6 +9,7 @@ import pytest
 from test_analysis_table import frame, outcome, refused
 
 from analysis.fit_laws import main
+from analysis.listings import matches
 from analysis.simulate import ladder
 
 BY_N = ("--n", "n", "--metric", "loss", "--law", "power-floor")
@@ -69,3 +70,12 @@ def test_a_table_of_data_sizes_alone_is_refused_or_reported(tmp_path: Path, caps
     assert refused(table, tmp_path, capsys, "--d", "d", "--metric", "loss") == "NO_LAW"
     assert main([str(tmp_path / "points.csv"), "--d", "d", "--c", "c", "--metric", "loss"]) == 0
     assert (tmp_path / "report" / "index.html").is_file()
+
+
+def test_arms_of_a_table_without_data_sizes_are_set_side_by_side(tmp_path: Path) -> None:
+    n = np.geomspace(1e8, 1e10, 6)
+    noise = np.exp(1e-3 * np.random.default_rng(0).normal(size=12))
+    loss = np.concatenate([1.7 + 400 * n**-0.34, 1.02 * (1.7 + 400 * n**-0.34)]) * noise
+    table = pd.DataFrame({"n": np.tile(n, 2), "arm": ["a"] * 6 + ["b"] * 6, "loss": loss})
+    doc = outcome(table, tmp_path, "--n", "n", "--group", "arm")
+    assert [(row[3], row[4]) for row in matches(doc).rows] == [("images", "–"), ("parameters", "10B")]
