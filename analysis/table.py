@@ -145,7 +145,7 @@ def read(path: Path | str) -> tuple[pd.DataFrame, str]:
             frame = _from_json(blob.decode("utf-8-sig"))
         else:
             frame = _from_csv(blob.decode("utf-8-sig"))
-    except (ValueError, OSError, pd.errors.ParserError) as error:
+    except (ValueError, OSError, csv.Error, pd.errors.ParserError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InvalidTable(
             "UNREADABLE_TABLE", f"{path} is no readable {path.suffix or 'CSV'} table: {reason}"
@@ -179,18 +179,39 @@ def _from_json(text: str) -> pd.DataFrame:
 
 
 def _from_csv(text: str) -> pd.DataFrame:
-    """Comma, semicolon or tab, whichever the header has; lines that begin with # before it are notes."""
-    lines = text.splitlines(keepends=True)
+    """Comma, semicolon or tab, whichever the header has; lines that begin with # before it are notes.
+
+    Lines end with \\n, \\r\\n or \\r. Raises ValueError.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").splitlines(keepends=True)
     notes = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     header = lines[notes] if notes < len(lines) else ""
     mark = next((mark for mark in ",;\t" if mark in header), ",")
     table = io.StringIO("".join(lines[notes:]))
-    names = [name.strip() for name in next(csv.reader(table, delimiter=mark, skipinitialspace=True), [])]
+    read = filter(None, csv.reader(table, delimiter=mark, skipinitialspace=True))
+    names, rows = [name.strip() for name in next(read, [])], list(read)
     twice = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
     if twice:
         raise ValueError(f"several columns are called {', '.join(twice)}: give each a name of its own")
-    table.seek(0)
-    return pd.read_csv(table, sep=mark, dtype=str, keep_default_na=False, skipinitialspace=True)
+    start, end = _labels(names, rows), len(names)
+    cells = [[*row[start:], *[""] * end][:end] for row in rows]
+    return pd.DataFrame(cells, columns=[name or f"unnamed {i}" for i, name in enumerate(names)], dtype=str)
+
+
+def _labels(names: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """How many cells of each row come before those that the header names: 1 where each begins with a label, as R's do.
+
+    A blank cell more at the end is a mark too many. Raises ValueError for what is neither.
+    """
+    longer = [row for row in rows if len(row) > len(names)]
+    more = {len(row) - len(names) for row in longer}
+    ends = {bool(row[-1].strip()) for row in longer}
+    if more <= {1} and ends <= {False}:
+        return 0
+    if more == {1} and ends == {True} and len({row[0] for row in longer}) == len(rows):
+        return 1
+    wide = len(names) + max(more)
+    raise ValueError(f"{len(names)} columns are named, rows have up to {wide} cells: name each, quote text with commas")
 
 
 def _read_runs(folder: Path) -> tuple[pd.DataFrame, str]:
