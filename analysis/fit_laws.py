@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,17 @@ def summary(doc: dict[str, Any]) -> str:
         lines.append(f"{where} {values}  {codes}".rstrip())
     lines += [f"refused [{code}] {reason}: {where}" for code, reason, where in gathered(doc)]
     lines += [f"{v['verdict']:12} {v['claim']}" for v in doc["verdicts"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_left_out(doc["table"])])
+
+
+def _left_out(table: dict[str, Any]) -> list[str]:
+    """One line on the rows that were left out, of all metrics or of one, the commonest reason first; none without."""
+    rows = {(e["reason"], e["row"]) for e in table["excluded"]}
+    if not rows:
+        return []
+    counts = Counter(reason for reason, _ in sorted(rows)).most_common()
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in counts)
+    return [f"{len({row for _, row in rows})} of {table['n_rows']} rows left out: {reasons}"]
 
 
 def _table_path(path: Path) -> Path:

@@ -218,6 +218,14 @@ def _bad_values(values: Array, kind: str, metric: str) -> tuple[np.ndarray, str]
     return np.zeros(len(values), bool), ""
 
 
+def _no_percents(values: Array, metric: str) -> None:
+    """Raises InvalidTable for scores of which those of at most 1 % would pass for shares and the others be dropped."""
+    percents = values[(values > 1) & (values <= 100)]
+    if len(percents):
+        message = f"{metric} is as high as {percents.max():.4g}, and scores are shares of 1: divide percents by 100"
+        raise InvalidTable("PERCENT", message)
+
+
 def _codes(rows: pd.DataFrame, column: str | None) -> np.ndarray:
     if column is None or column not in rows:
         return np.arange(len(rows))
@@ -274,6 +282,8 @@ def select(
     rows = rows.loc[:, _read_columns(table, rows, metric)]
     excluded: list[dict] = []
     values, blank, broken = numbers(rows[metric])
+    if kind == "score":
+        _no_percents(values, metric)
     outside, why = _bad_values(values, kind, metric)
     outside &= ~blank & ~broken
     not_number = f"{metric} is not a finite number"

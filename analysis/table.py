@@ -28,7 +28,7 @@ Parsed = TypeVar("Parsed")
 AXES = ("n", "d", "c")
 OWN_COLUMNS = {"n": "params_total", "d": "images", "c": "train_flops"}
 OWN_GROUP = ("token_kind", "order")
-FINISHED = ("done", "finished", "ok", "completed", "")
+FINISHED = ("done", "finished", "ok", "complete", "completed", "success", "succeeded", "")
 # what each metric of our own schema is, hence how it is fitted and read
 LOSSES = ("val_loss",)
 SIGNED = ("val_nll",)
@@ -300,8 +300,18 @@ def prepare(
     columns = Columns(axes.get("n"), axes.get("d"), axes.get("c"), group, cluster, seed, se)
     if out.empty:
         reasons = "; ".join(sorted({e["reason"] for e in excluded})[:3])
-        raise InvalidTable("NO_USABLE_ROWS", f"{source}: all {len(frame)} rows are excluded ({reasons})")
+        message = f"{source}: all {len(frame)} rows are excluded ({reasons}){_no_number(frame, axes)}"
+        raise InvalidTable("NO_USABLE_ROWS", message)
     return Table(out, columns, source, sha, len(frame), tuple(excluded), left_out)
+
+
+def _no_number(frame: pd.DataFrame, axes: Mapping[str, str]) -> str:
+    """The first cell of an axis that is no number and what to write, for the end of a refusal; "" where all are."""
+    for name in axes.values():
+        broken = numbers(frame[name])[2]
+        if broken.any():
+            return f": {name} has {str(frame[name].iloc[broken.argmax()])!r}: write plain numbers, such as 1e8"
+    return ""
 
 
 def _named_groups(frame: pd.DataFrame, group: Sequence[str]) -> pd.DataFrame:

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
-from test_analysis_table import frame, refused
+from test_analysis_table import OPTIONS, frame, refused
 
-from analysis.table import read
+from analysis.fit_laws import main
+from analysis.table import InvalidTable, prepare, read
 
 LINES = frame().to_csv(index=False).splitlines()
 HEADER, ROWS = LINES[0], LINES[1:]
@@ -44,3 +46,36 @@ def test_cells_that_no_name_stands_over_are_refused(
     rows: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert refused("\n".join([HEADER, *rows]), tmp_path, capsys) == "UNREADABLE_TABLE"
+
+
+def test_scores_in_percent_are_refused_not_fitted_from_those_under_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    n = np.geomspace(1e6, 1e9, 8)
+    percent = pd.DataFrame({"n": n, "acc": np.geomspace(0.2, 90.0, 8)})
+    options = ("--n", "n", "--metric", "acc", "--law", "logit")
+    assert refused(percent, tmp_path, capsys, *options) == "PERCENT"
+    percent.assign(acc=percent["acc"] / 100).to_csv(tmp_path / "points.csv", index=False)
+    assert main([str(tmp_path / "points.csv"), *options, "--no-report"]) == 0
+
+
+def test_the_terminal_says_how_many_rows_were_left_out_and_why(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    table = frame().astype(object)
+    table.to_csv(tmp_path / "points.csv", index=False)
+    assert main([str(tmp_path / "points.csv"), *OPTIONS]) == 0
+    assert "left out" not in capsys.readouterr().out
+    table.loc[[3, 5], "n"], table.loc[7, "loss"] = "100M", "n/a"
+    table.to_csv(tmp_path / "points.csv", index=False)
+    assert main([str(tmp_path / "points.csv"), *OPTIONS]) == 0
+    said = "3 of 24 rows left out: n is not a finite number (2), loss is not a finite number (1)"
+    assert said in capsys.readouterr().out.splitlines()
+
+
+def test_a_table_without_a_usable_row_names_the_first_cell_at_fault() -> None:
+    with pytest.raises(InvalidTable, match=r"NO_USABLE_ROWS.*d has '20 B': write plain numbers, such as 1e8"):
+        prepare(frame().assign(d="20 B"), "", "frame", n="n", d="d")
+
+
+@pytest.mark.parametrize("word", ["success", "Succeeded", "complete", "completed", "finished"])
+def test_what_others_call_a_finished_run_is_finished(word: str) -> None:
+    assert len(prepare(frame().assign(status=word), "", "frame", n="n", d="d").frame) == 24
