@@ -236,12 +236,14 @@ def _codes(rows: pd.DataFrame, column: str | None) -> np.ndarray:
 
 
 def run_names(table: Table, rows: pd.DataFrame) -> pd.DataFrame | None:
-    """The columns by which two rows are the same run, at the rows that have them; None where the table has none."""
+    """The columns by which two rows are the same run, at the rows that have them; None where the table has none.
+
+    Checkpoints of a run share its run_id and differ in an axis; where run_id names clusters, it names no runs.
+    """
     columns = table.columns
-    if "run_id" in rows:
-        return rows.loc[_labels(rows, "run_id") != "", ["run_id"]]
-    keys = [c for c in (columns.n, columns.d, columns.c, columns.seed) if c]
-    return rows.loc[:, keys] if columns.seed else None
+    axes = [c for c in (columns.n, columns.d, columns.c) if c]
+    name = "run_id" if "run_id" in rows and columns.cluster != "run_id" else columns.seed
+    return rows.loc[_labels(rows, name) != "", list(dict.fromkeys([*axes, name]))] if name else None
 
 
 def _drop_duplicates(rows: pd.DataFrame, table: Table, metric: str, excluded: list[dict]) -> pd.DataFrame:
@@ -257,7 +259,10 @@ def _drop_duplicates(rows: pd.DataFrame, table: Table, metric: str, excluded: li
     names = run_names(table, rows)
     if names is not None and (clash := names.duplicated(keep=False)).any():
         where = ", ".join(str(r) for r in rows.loc[names.index[clash], "_row"].tolist()[:4])
-        message = f"rows {where} are the same run by {'+'.join(names)} but differ in {metric}: keep one of them"
+        message = (
+            f"rows {where} are the same run by {'+'.join(names)} but differ in {metric}: keep one of them, or name "
+            "what tells them apart with --group"
+        )
         raise InvalidTable("CONTRADICTING_DUPLICATES", message)
     return rows
 

@@ -227,19 +227,24 @@ def _refusal(
 
 
 def _selected(table: Table, choice: Choice) -> tuple[list[Points], list[dict], list[dict]]:
-    """The points of every metric and group, what was refused, what was excluded."""
+    """The points of every metric and group, what was refused, what was excluded.
+
+    Raises InvalidTable where a metric that was asked for by name is refused in every group.
+    """
     metrics: Sequence[str] = choice.metrics or table.metrics()
     if not metrics:
         raise InvalidTable("NO_METRIC", f"{table.source} has no metric of the known schema: name one with --metric")
     found, refused, excluded = [], [], list(table.excluded)
     groups = [(group, rows, tuple(varied(rows, table.cell))) for group, rows in table.groups()]
     for metric, kind in ((m, kind) for m in metrics for kind in _kinds(m, choice)):
+        errors: list[InvalidTable] = []
         for group, rows, mixed in groups:
             try:
                 points, dropped = select(table, group, rows, metric, kind or _signed(rows, metric, choice))
             except InvalidTable as error:
-                if choice.metrics:
-                    raise
+                errors.append(error)
+                if choice.metrics and len(errors) == len(groups):
+                    raise errors[0] from None
                 refused.append(_refusal(group, metric, error))
                 continue
             dropped += _blank(rows, metric) if metric in choice.metrics else []

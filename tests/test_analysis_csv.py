@@ -8,6 +8,7 @@ import pytest
 from test_analysis_table import OPTIONS, frame, refused
 
 from analysis.fit_laws import main
+from analysis.study import Choice, study
 from analysis.table import InvalidTable, prepare, read
 
 LINES = frame().to_csv(index=False).splitlines()
@@ -79,3 +80,34 @@ def test_a_table_without_a_usable_row_names_the_first_cell_at_fault() -> None:
 @pytest.mark.parametrize("word", ["success", "Succeeded", "complete", "completed", "finished"])
 def test_what_others_call_a_finished_run_is_finished(word: str) -> None:
     assert len(prepare(frame().assign(status=word), "", "frame", n="n", d="d").frame) == 24
+
+
+def test_checkpoints_of_a_run_are_no_contradiction_and_may_be_a_cluster(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    runs = frame().assign(run_id=[f"run{i // 4}" for i in range(24)])
+    runs.to_csv(tmp_path / "points.csv", index=False)
+    assert main([str(tmp_path / "points.csv"), *OPTIONS]) == 0
+    capsys.readouterr()
+    by_n = ("--n", "n", "--metric", "loss", "--law", "power-floor")
+    assert refused(runs, tmp_path, capsys, *by_n) == "CONTRADICTING_DUPLICATES", "nothing tells its checkpoints apart"
+    assert main([str(tmp_path / "points.csv"), *by_n, "--cluster", "run_id", "--no-report"]) == 0
+
+
+def test_runs_of_one_seed_in_two_arms_are_told_apart_by_group_and_blank_seeds_by_nothing(tmp_path: Path) -> None:
+    arms = pd.concat([frame().assign(arm=arm, seed=0, loss=frame()["loss"] * k) for arm, k in (("a", 1), ("b", 1.1))])
+    with pytest.raises(InvalidTable, match=r"CONTRADICTING_DUPLICATES.* differ in loss: .* apart with --group$"):
+        study(prepare(arms, "", "frame", n="n", d="d"), Choice(metrics=("loss",)))
+    arms["seed"] = ""
+    assert len(study(prepare(arms, "", "frame", n="n", d="d"), Choice(metrics=("loss",))).points[0]) == 48
+
+
+def test_an_arm_that_contradicts_itself_is_refused_alone() -> None:
+    good = frame().assign(arm="good", seed=0)
+    bad = pd.concat([good, good.assign(loss=good["loss"] * 1.1)]).assign(arm="bad")
+    choice = Choice(metrics=("loss",), laws=("chinchilla",))
+    found = study(prepare(pd.concat([bad, good]), "", "frame", n="n", d="d", group=("arm",)), choice)
+    assert [f.points.name for f in found.fits] == ["good"]
+    assert [(r["group"], r["code"]) for r in found.refused] == [({"arm": "bad"}, "CONTRADICTING_DUPLICATES")]
+    with pytest.raises(InvalidTable, match="CONTRADICTING_DUPLICATES"):
+        study(prepare(bad, "", "frame", n="n", d="d", group=("arm",)), choice)
