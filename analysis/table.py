@@ -268,14 +268,17 @@ def prepare(
 ) -> Table:
     """A frame from anywhere (read-only and nullable columns included; it is not modified) -> Table.
 
-    n, d, c, group, cluster, seed and se name columns; without n, d and c those of our own schema are expected. Without
-    `group`, settings that vary within a size and cut the rows into whole ladders are part of the group.
+    n, d, c, group, cluster, seed and se name columns; without n, d and c those of our own schema are expected, as is
+    each of them and the group that is not named in a table that says it is of that schema. Without `group`, settings
+    that vary within a size and cut the rows into whole ladders are part of the group.
     """
     if frame.empty:
         raise InvalidTable("NO_ROWS", f"{source} has no rows")
-    own = not (n or d or c)
-    named = OWN_COLUMNS if own else {"n": n, "d": d, "c": c}
-    axes = {axis: name for axis, name in named.items() if name and not (own and axis == "c" and name not in frame)}
+    own = not (n or d or c) or "schema_version" in frame
+    axes = {axis: name for axis, name in (("n", n), ("d", d), ("c", c)) if name}
+    if own:
+        # a table may lack compute
+        axes = {a: axes.get(a, name) for a, name in OWN_COLUMNS.items() if a in axes or a != "c" or name in frame}
     given = group is not None
     group = tuple(group) if group is not None else tuple(g for g in OWN_GROUP if own and g in frame)
     cluster = cluster or ("trunk_id" if "trunk_id" in frame else None)

@@ -1,6 +1,7 @@
 """Options that a table cannot answer end with one line; those that it can are answered alike in any company."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from test_analysis_table import frame, outcome, refused
 from analysis.fit_laws import main
 from analysis.listings import matches
 from analysis.simulate import ladder
+from analysis.table import load
 
 BY_N = ("--n", "n", "--metric", "loss", "--law", "power-floor")
 
@@ -79,3 +81,13 @@ def test_arms_of_a_table_without_data_sizes_are_set_side_by_side(tmp_path: Path)
     table = pd.DataFrame({"n": np.tile(n, 2), "arm": ["a"] * 6 + ["b"] * 6, "loss": loss})
     doc = outcome(table, tmp_path, "--n", "n", "--group", "arm")
     assert [(row[3], row[4]) for row in matches(doc).rows] == [("images", "–"), ("parameters", "10B")]
+
+
+def test_another_count_of_parameters_leaves_the_other_columns_of_our_own_tables_as_they_are(tmp_path: Path) -> None:
+    ladder().to_csv(tmp_path / "runs.csv", index=False)
+    table = load(tmp_path / "runs.csv", n="params_body")
+    assert table.columns.n == "params_body"
+    assert replace(table.columns, n="params_total") == load(tmp_path / "runs.csv").columns
+    ladder().drop(columns="schema_version").to_csv(tmp_path / "others.csv", index=False)
+    others = load(tmp_path / "others.csv", n="params_total").columns
+    assert (others.d, others.c, others.group) == (None, None, ())
