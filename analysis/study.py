@@ -156,9 +156,20 @@ def fit_one(
         raise InvalidTable("NO_FLOOR_IN_LAW", f"law {chosen.name} has no E to fix: drop --floor or take power-floor")
     name = choice.objective or default_objective(used).name
     objective = Objective(name, choice.delta, choice.penalty)
-    done = fit(chosen, used, objective, floor if floored else None, thorough, seeds)
+    try:
+        done = fit(chosen, used, objective, floor if floored else None, thorough, seeds)
+    except InvalidTable as error:
+        raise _of_kept(error, chosen, points, used) from None
     remarks = [*(warned if floored else []), *_left_lighter(chosen, points, used)]
     return replace(done, warnings=(*done.warnings, *remarks, *_confounded(chosen, used)))
+
+
+def _of_kept(error: InvalidTable, chosen: Law, points: Points, used: Points) -> InvalidTable:
+    """A refusal for want of rows says which of them a law takes, where it was others that it lacked."""
+    if not error.code.startswith("TOO_FEW") or len(used) == len(points):
+        return error
+    kept = "measured as the largest data size is" if len(chosen.axes) > 1 else "at each size's largest data size"
+    return InvalidTable(error.code, f"{error.args[0]} among the rows {kept}, which alone this law takes")
 
 
 def _carries_signs(chosen: Law, used: Points, floor: float | None) -> None:
@@ -173,7 +184,13 @@ def _carries_signs(chosen: Law, used: Points, floor: float | None) -> None:
 
 
 def _confounded(chosen: Law, used: Points) -> list[Warned]:
-    """Where data grow with the models, a law along either holds what the other does: neither exponent is its own."""
+    """Where data grow with the models, a law along either holds what the other does: neither exponent is its own.
+
+    Where they are the same throughout, the law in C is the law in N by another name, and no frontier.
+    """
+    if chosen.axes == ("c",) and np.isfinite([used.n, used.d]).all():
+        fixed = len(np.unique(used.n)) > 1 and not data_levels(used.d).any()
+        return [Warned("FIXED_DATA", "C varies through N alone; for the frontier see N*(C)")] if fixed else []
     other = {"n": "d", "d": "n"}.get(chosen.axes[0]) if len(chosen.axes) == 1 else None
     if other is None or not np.isfinite(used.axis(other)).all() or not data_levels(used.axis(other)).any():
         return []

@@ -192,3 +192,18 @@ def test_a_ladder_whose_data_grow_with_its_models_has_a_headline_in_compute_alon
     assert along_c.warnings == () and along_c.headline
     for d in (np.full(9, 1e11), 1e11 * (1 + 1e-4 * np.arange(9)), np.full(9, np.nan)):
         assert fit_one(law("power-floor"), replace(grown, d=d), Choice()).headline
+
+
+def test_compute_at_one_data_size_is_the_law_in_n_by_another_name() -> None:
+    n = np.geomspace(1e8, 1e10, 9)
+    fixed = chinchilla_points(n, np.full(9, 1e11), 5e-4, np.random.default_rng(0))
+    assert "FIXED_DATA" in [w.code for w in fit_one(law("compute"), fixed, Choice()).warnings]
+    for other in (replace(fixed, n=np.full(9, np.nan)), replace(fixed, d=np.full(9, np.nan))):
+        assert "FIXED_DATA" not in [w.code for w in fit_one(law("compute"), other, Choice()).warnings]
+
+
+def test_a_refusal_for_want_of_levels_says_which_rows_a_law_takes() -> None:
+    n, c = (v.ravel() for v in np.meshgrid(np.geomspace(1e8, 1e9, 5), [1e19, 1e20, 1e21]))
+    points = chinchilla_points(n, c / 6 / n, 1e-3, np.random.default_rng(0))
+    with pytest.raises(InvalidTable, match=r"TOO_FEW_LEVELS.* 1 distinct C, .* at each size's largest data size"):
+        fit_one(law("compute"), points, Choice())
