@@ -103,7 +103,7 @@ def summary(doc: dict[str, Any]) -> str:
     for f in doc["fits"]:
         names = [k for k in f["intervals"] if k in ("alpha", "beta", "alpha_N", "alpha_D", "delta", "slope")]
         ends = {k: f["intervals"][k] for k in names}
-        values = "  ".join(f"{k} {f['params'][k]:.4f} [{ends[k][0]:.4f}, {ends[k][1]:.4f}]" for k in names)
+        values = "  ".join(f"{k} {f['params'][k]:#.4g} [{ends[k][0]:#.4g}, {ends[k][1]:#.4g}]" for k in names)
         codes = " ".join(w["code"] for w in f["warnings"])
         for said in f["forecasts"]:
             at = ", ".join(f"{k.upper()} = {v:.4g}" for k, v in said["at"].items())

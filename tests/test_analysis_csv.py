@@ -1,5 +1,6 @@
 """Tables as spreadsheets and other programs write them: read as they were meant, or refused in one line."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -111,3 +112,9 @@ def test_an_arm_that_contradicts_itself_is_refused_alone() -> None:
     assert [(r["group"], r["code"]) for r in found.refused] == [({"arm": "bad"}, "CONTRADICTING_DUPLICATES")]
     with pytest.raises(InvalidTable, match="CONTRADICTING_DUPLICATES"):
         study(prepare(bad, "", "frame", n="n", d="d", group=("arm",)), choice)
+
+
+def test_the_terminal_gives_small_exponents_four_digits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    frame().to_csv(tmp_path / "points.csv", index=False)
+    assert main([str(tmp_path / "points.csv"), *OPTIONS[:-3], "--law", "kaplan", "--no-report"]) == 0
+    assert re.search(r"alpha_N 0\.0[1-9]\d{3} \[", capsys.readouterr().out)
