@@ -55,7 +55,8 @@ class Array:
         """Of sbatch, as submitit takes them."""
         profile, several = self.profile, self.profile.nodes * self.profile.devices > 1
         named = {key: getattr(profile, key) for key in _WHERE}
-        waiting = {"dependency": self.after, "additional_parameters": {"kill-on-invalid-dep": "yes"}}
+        # A cluster whose slurm.conf says JobRequeue=0 puts back into its queue only what asked for it.
+        more = {"requeue": True, **({"kill-on-invalid-dep": "yes"} if self.after else {})}
         return {
             **{key: value for key, value in named.items() if value},
             **({} if profile.device == "cpu" else {"gpus_per_node": profile.devices}),
@@ -67,7 +68,8 @@ class Array:
             "signal_delay_s": min(NOTICE_SECONDS, 15 * profile.minutes),
             # Since 22.05 srun no longer takes this over from sbatch.
             "srun_args": [f"--cpus-per-task={profile.threads}", *(["--kill-on-bad-exit=1"] if several else [])],
-            **(waiting if self.after else {}),
+            "additional_parameters": more,
+            **({"dependency": self.after} if self.after else {}),
         }
 
     def describe(self, name: str) -> str:
@@ -78,11 +80,12 @@ class Array:
         throttle = known.pop("array_parallelism")
         if len(self.tasks) > 1:
             lines["array"] = f"0-{len(self.tasks) - 1}%{min(len(self.tasks), throttle)}"
-        lines |= known.pop("additional_parameters", {})
+        lines |= known.pop("additional_parameters")
         lines |= {key.replace("_", "-"): value for key, value in known.items()}
         trunks = sum(len(task) for task in self.tasks)
         head = f"{self.stage}: {trunks} trunks in {len(self.tasks)} tasks of profile {self.profile.name}"
-        return "\n".join([head, *(f"#SBATCH --{key}={lines[key]}" for key in sorted(lines))])
+        flags = (key if lines[key] is True else f"{key}={lines[key]}" for key in sorted(lines))
+        return "\n".join([head, *(f"#SBATCH --{flag}" for flag in flags)])
 
 
 def submit(plan: Plan, queue: Queue, conclusion: Sequence[str]) -> list[str]:

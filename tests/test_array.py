@@ -193,6 +193,8 @@ def test_a_dry_run_prints_what_sbatch_would_get_and_writes_nothing(tmp_path, cap
     said = capsys.readouterr().out
     for line in ("--partition=a100", "--account=us", "--array=0-3%4", "--time=30", "--time=9", "--signal=USR2@90"):
         assert f"#SBATCH {line}\n" in said
+    # Where slurm.conf says JobRequeue=0, only what asks for it is put back into the queue.
+    assert said.count("#SBATCH --requeue\n") == 2
     assert sorted(tmp_path.rglob("*")) == before
 
 
