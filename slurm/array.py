@@ -34,8 +34,9 @@ from slurm.task import NOTICE_SECONDS, Conclusion, TrunkTask, is_finished
 _ARRAY_TASKS = 1000
 # In the last ten minutes of a job every preemption looks like a time-out to submitit, which allows three of them.
 _TIMEOUTS = 1_000_000
-# A notice that comes before Python can hear it would kill the task, and SLURM does not requeue what ended by itself.
-_DEAF_AT_FIRST = f'sh -c \'trap "" USR2; exec "$0" "$@"\' {shlex.quote(sys.executable)}'
+# A notice, or the SIGTERM of a preemption, that comes before Python can hear it would kill the task, and SLURM does not
+# requeue what ended by itself. Whom it cancels, or preempts, it kills a little later all the same.
+_DEAF_AT_FIRST = f'sh -c \'trap "" USR2 TERM; exec "$0" "$@"\' {shlex.quote(sys.executable)}'
 # Of the last job: it reads files and fits curves.
 _CONCLUSION_MINUTES = 120
 # Parameters of sbatch that say where a job goes; what a profile leaves open, the user's environment may say.

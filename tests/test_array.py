@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -196,6 +197,11 @@ def test_a_dry_run_prints_what_sbatch_would_get_and_writes_nothing(tmp_path, cap
     # Where slurm.conf says JobRequeue=0, only what asks for it is put back into the queue.
     assert said.count("#SBATCH --requeue\n") == 2
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_signals_that_come_before_python_hears_them_do_not_end_a_task():
+    early = "import os, signal; [os.kill(os.getpid(), n) for n in (signal.SIGUSR2, signal.SIGTERM)]"
+    assert subprocess.run(f"{array._DEAF_AT_FIRST} -c '{early}'", shell=True, check=False).returncode == 0
 
 
 def test_a_job_finds_its_threads_and_its_allocators_settings(tmp_path):
