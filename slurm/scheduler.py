@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import os
 import shutil
 import subprocess
 import time
@@ -41,6 +42,9 @@ _DOES = {WHOLE: (TRAIN, EVALUATE), TRAIN: (TRAIN,), EVALUATE: (EVALUATE,), CONCL
 # SLURM's words for a job that will do nothing any more (squeue's manual, JOB STATE CODES).
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
           "TIMEOUT"}  # fmt: skip
+# What its clients take from the environment beside their arguments (ENVIRONMENT VARIABLES of their manuals): other
+# tasks, another cluster or other times than those that are asked for, or a question back.
+_CLIENTS_OWN = ("SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_", "SLURM_TIME_FORMAT", "SLURM_CLUSTERS")
 # Why a task waits that will start by itself (squeue's manual, JOB REASON CODES); anything else is told.
 _PATIENCE = {"None", "Priority", "Resources", "Dependency", "JobArrayTaskLimit", "BeginTime", "Cleaning"}
 
@@ -278,8 +282,9 @@ def _index(job_id: str) -> int:
 
 
 def _ask(*command: str, patience: float = _ANSWER_SECONDS) -> str:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(_CLIENTS_OWN)}
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=patience, check=False)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=patience, check=False, env=plain)
     except FileNotFoundError as error:
         raise NoScheduler(f"{command[0]}: not found; --cluster slurm works where SLURM's commands are") from error
     except subprocess.TimeoutExpired as error:

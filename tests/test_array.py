@@ -18,7 +18,7 @@ from cheap_job import STEPS, cheap, plan_of, write_sweep
 from fluidscale.folder import RunFolder
 from fluidscale.record import write_atomic
 from fluidscale.spec import InvalidInput
-from slurm import array, attempts, claim, launch, layout, local
+from slurm import array, attempts, claim, launch, layout, local, scheduler
 from slurm.array import Array
 from slurm.job import load_queue
 from slurm.placement import Machine, Profile, load_profile
@@ -222,6 +222,14 @@ def test_a_launch_hands_on_where_the_cluster_and_its_queue_are_and_nothing_of_a_
         left = {name for name in os.environ if name.startswith(("SLURM", "SBATCH", "SUBMITIT", "MASTER"))}
         assert left == handed_on
     assert os.environ["SLURM_NTASKS"] == "7" and os.environ["SBATCH_PARTITION"] == "there"
+
+
+def test_questions_to_slurm_do_not_depend_on_what_the_user_likes_to_see(monkeypatch):
+    liked = ("SQUEUE_STATES", "SQUEUE_PARTITION", "SLURM_TIME_FORMAT", "SLURM_CLUSTERS", "SCANCEL_INTERACTIVE")
+    for name in (*liked, "SLURM_CONF"):
+        monkeypatch.setenv(name, "there")
+    heard = {line.partition("=")[0] for line in scheduler._ask("env").splitlines()}
+    assert "SLURM_CONF" in heard and not heard & set(liked)
 
 
 def test_the_last_job_reads_the_sweep_as_the_launch_did(tmp_path, monkeypatch, capsys):
