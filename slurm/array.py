@@ -155,12 +155,10 @@ def _at_work(queue: Queue, there: Mapping[tuple[str, str], scheduler.Task]) -> s
 
 def _submit(queue: Queue, array: Array) -> str:
     """One sbatch call; returns the job's number."""
-    overrides: dict[str, Any] = {}
-    if array.stage == EVALUATE:
-        keys = ("device", "threads", "strategy", "nodes", "devices")
-        overrides = {key: getattr(array.profile, key) for key in keys}
     restarts = array.profile.restarts or {}
-    tasks = [TrunkTask(str(queue.path), task, restarts, array.stage, overrides) for task in array.tasks]
+    # A task has the devices that were asked for with it, whatever a later launch writes into the runs' folders.
+    placed = array.profile.placed
+    tasks = [TrunkTask(str(queue.path), task, restarts, array.stage, placed) for task in array.tasks]
     return _sbatch(queue, array, tasks)
 
 

@@ -86,6 +86,7 @@ def prepare(
     Raises InvalidInput when a folder holds another spec than its name says: then its results cannot be trusted.
     """
     for group in plan.trunks:
+        held = claim.is_held(layout.trunk_claim(runs_dir, group[0].spec.trunk_id))
         for run in group:
             folder = RunFolder(runs_dir / run.spec.id)
             if folder.record is None:
@@ -93,7 +94,8 @@ def prepare(
                 if there.exists() and read_run_spec(there) != run.spec:
                     raise InvalidInput(f"{there}: describes another run than its folder's name; delete {folder.path}")
                 write_atomic(there, to_json(run.spec))
-                write_json(folder.path / "placement.json", asdict(run.placement))
+                path = folder.path / "placement.json"
+                write_json(path, {**asdict(run.placement), **(_kept(path) if held else {})})
                 if retry_failed and folder.status.get("state") == "failed":
                     folder.set_status("queued")
     # The mirror reads from here which experiment a run belongs to; a filtered launch takes no run out of it.
@@ -103,6 +105,11 @@ def prepare(
     queue = replace(queue_of(plan, runs_dir, launch_id), max_gpu_hours=max_gpu_hours, others=list(others))
     queue.save()
     return queue
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """Of a placement that some worker is at work with: it has the devices of its own launch, not of a later one."""
+    return {key: value for key, value in (read_json(path) or {}).items() if key not in ("branch_steps", "assets")}
 
 
 @dataclass

@@ -77,6 +77,13 @@ class Profile:
         return self.devices * self.nodes
 
     @property
+    def placed(self) -> dict[str, Any]:
+        """The part of a run's `Placement` that is the profile's, whatever the run."""
+        keys = ("device", "strategy", "devices", "nodes", "micro_batch", "recompute", "threads", "precision")
+        named = {key: getattr(self, key) for key in (*keys, "checkpoint_minutes")}
+        return {**named, "peak_flops": self.peak_tflops * 1e12}
+
+    @property
     def environment(self) -> dict[str, str]:
         """What a process that computes must find before its first import."""
         return {"OMP_NUM_THREADS": str(self.threads), **KEEP_FREED_MEMORY}
@@ -160,20 +167,8 @@ def place(spec: RunSpec, profile: Profile, branch_steps: tuple[int, ...], assets
             "a whole number of accumulated steps; change micro_batch, devices or nodes"
         )
     named = (spec.data.manifest_sha256, spec.tokenizer_sha256, spec.text_encoder_sha256, *judge_assets(spec))
-    return Placement(
-        device=profile.device,
-        strategy=profile.strategy,
-        devices=profile.devices,
-        nodes=profile.nodes,
-        micro_batch=profile.micro_batch,
-        recompute=profile.recompute,
-        threads=profile.threads,
-        precision=profile.precision,
-        checkpoint_minutes=profile.checkpoint_minutes,
-        branch_steps=branch_steps,
-        peak_flops=profile.peak_tflops * 1e12,
-        assets={key: assets[key] for key in named if key and key in assets},
-    )
+    files = {key: assets[key] for key in named if key and key in assets}
+    return Placement(**profile.placed, branch_steps=branch_steps, assets=files)
 
 
 def cuda_devices() -> list[tuple[int, float]]:

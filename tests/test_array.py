@@ -10,14 +10,15 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cheap_job import STEPS, cheap, plan_of, write_sweep
 
 from fluidscale.folder import RunFolder
-from fluidscale.record import write_atomic
-from fluidscale.spec import InvalidInput
+from fluidscale.record import Placement, read_json, write_atomic, write_json
+from fluidscale.spec import InvalidInput, RunSpec
 from slurm import array, attempts, claim, launch, layout, local, scheduler
 from slurm.array import Array
 from slurm.job import load_queue
@@ -159,6 +160,32 @@ def test_why_slurm_ends_a_job_is_what_slurm_says(facts, noticed, cause):
     if (end := facts.get("EndTime")) in ends:
         facts = {**facts, "EndTime": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(ends[end]))}
     assert cause_of(facts, 0, noticed) == cause
+
+
+def note(spec: RunSpec, run_dir: Path, placement: Placement, should_stop: Callable[[], bool]) -> None:
+    """A job that only says on what it would be computed."""
+    write_json(run_dir / "noted.json", dataclasses.asdict(placement))
+
+
+@pytest.mark.parametrize("stage", ["whole", "train", "evaluate"])
+def test_a_task_computes_on_what_it_was_submitted_with_whatever_is_launched_later(plan, tmp_path, monkeypatch, stage):
+    profile = dataclasses.replace(load_profile("slurm"), device="cpu", strategy="ddp", devices=2, micro_batch=8)
+    queue = local.prepare(make_plan(plan.sweep, Machine(profile, 2)), tmp_path, "launch", retry_failed=False)
+    trunk, run_ids = next(iter(queue.trunks.items()))
+    tasks: list[TrunkTask] = []
+    monkeypatch.setattr(array, "_sbatch", lambda queue, array, given: tasks.extend(given))
+    array._submit(queue, Array(profile, stage, ((trunk,),)))
+    local.prepare(plan, tmp_path, "another", retry_failed=False)
+    tasks[0].execute = note
+    if stage == "evaluate":
+        for run_id in run_ids:
+            write_atomic(RunFolder(tmp_path / run_id).weights, b"there")
+    process = start(tasks[0], tmp_path)
+    process.join(60)
+    for run_id in run_ids:
+        noted = read_json(tmp_path / run_id / "noted.json") or {}
+        assert noted["evaluate"] == (stage != "train") and noted["branch_steps"]
+        assert {key: noted[key] for key in profile.placed} == profile.placed
 
 
 def test_evaluation_in_jobs_of_its_own_waits_for_its_training_and_leaves_what_is_in_the_queue(plan, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from fluidscale.folder import RunFolder
 from fluidscale.record import write_json
 from fluidscale.spec import InvalidInput
 from fluidscale.sweep import load_sweep
-from slurm import claim, collect, launch, plan, status
+from slurm import claim, collect, launch, layout, plan, status
 from slurm.job import Queue, load_queue, read_job
 from slurm.local import prepare
 
@@ -175,6 +176,22 @@ def test_a_queue_round_trips_and_a_changed_spec_is_refused(sweep, tmp_path):
         read_job(path.parent)
     with pytest.raises(InvalidInput, match="another run"):
         prepare(planned, tmp_path, "two", retry_failed=False)
+
+
+def test_a_trunk_at_work_keeps_its_placement_and_hears_of_new_branches(sweep, tmp_path):
+    planned = plan_of(sweep)
+    prepare(planned, tmp_path, "one", retry_failed=False)
+    busy, idle = (group[0] for group in planned.trunks[:2])
+    held = claim.take(layout.trunk_claim(tmp_path, busy.spec.trunk_id), {})
+    sweep.write_text(sweep.read_text().replace("[256, 512]", "[256, 512, 1024]"))
+    other = dataclasses.replace(planned.machine.profile, threads=3)
+    again = plan.make_plan(load_sweep(str(sweep)), dataclasses.replace(planned.machine, profile=other))
+    prepare(again, tmp_path, "two", retry_failed=False)
+    placed = [read_job(tmp_path / run.spec.id)[1] for run in (busy, idle)]
+    assert [placement.threads for placement in placed] == [1, 3]
+    assert [len(placement.branch_steps) for placement in placed] == [3, 3]
+    assert held is not None
+    held.release()
 
 
 def test_a_filtered_launch_takes_no_run_out_of_its_experiment(sweep, tmp_path):
