@@ -41,6 +41,8 @@ _DEAF_AT_FIRST = f'sh -c \'trap "" USR2 TERM; exec "$0" "$@"\' {shlex.quote(sys.
 _CONCLUSION_MINUTES = 120
 # Parameters of sbatch that say where a job goes; what a profile leaves open, the user's environment may say.
 _WHERE = ("partition", "account", "qos", "constraint")
+# What sbatch says of an array that is larger than the cluster (MaxArraySize) or its policy allows.
+_TOO_MANY = ("array spec", "submit limit")
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,7 @@ class Array:
         """Of sbatch, as submitit takes them."""
         profile, several = self.profile, self.profile.nodes * self.profile.devices > 1
         named = {key: getattr(profile, key) for key in _WHERE}
-        # A cluster whose slurm.conf says JobRequeue=0 puts back into its queue only what asked for it.
-        more = {"requeue": True, **({"kill-on-invalid-dep": "yes"} if self.after else {})}
-        return {
+        known = {
             **{key: value for key, value in named.items() if value},
             **({} if profile.device == "cpu" else {"gpus_per_node": profile.devices}),
             **({"nodes": profile.nodes, "ntasks_per_node": profile.devices} if several else {}),
@@ -69,9 +69,16 @@ class Array:
             "signal_delay_s": min(NOTICE_SECONDS, 15 * profile.minutes),
             # Since 22.05 srun no longer takes this over from sbatch.
             "srun_args": [f"--cpus-per-task={profile.threads}", *(["--kill-on-bad-exit=1"] if several else [])],
-            "additional_parameters": more,
             **({"dependency": self.after} if self.after else {}),
         }
+        # A cluster whose slurm.conf says JobRequeue=0 puts back into its queue only what asked for it.
+        more = {"requeue": True, **({"kill_on_invalid_dep": "yes"} if self.after else {})}
+        own = {key.replace("-", "_"): value for key, value in (profile.sbatch or {}).items()}
+        # submitit names a wckey of its own where it is told nothing.
+        silent = {"wckey": None} if "wckey" in own else {}
+        known = {key: value for key, value in known.items() if key not in own} | silent
+        more = {key: value for key, value in {**more, **own}.items() if value is not None}
+        return {**known, "additional_parameters": more}
 
     def describe(self, name: str) -> str:
         """What a dry run prints: the lines of its sbatch file that depend on the placement."""
@@ -81,8 +88,8 @@ class Array:
         throttle = known.pop("array_parallelism")
         if len(self.tasks) > 1:
             lines["array"] = f"0-{len(self.tasks) - 1}%{min(len(self.tasks), throttle)}"
-        lines |= known.pop("additional_parameters")
-        lines |= {key.replace("_", "-"): value for key, value in known.items()}
+        known |= known.pop("additional_parameters")
+        lines |= {key.replace("_", "-"): value for key, value in known.items() if value is not None}
         trunks = sum(len(task) for task in self.tasks)
         head = f"{self.stage}: {trunks} trunks in {len(self.tasks)} tasks of profile {self.profile.name}"
         flags = (key if lines[key] is True else f"{key}={lines[key]}" for key in sorted(lines))
@@ -165,7 +172,10 @@ def _submit(queue: Queue, array: Array) -> str:
 def _submit_conclusion(plan: Plan, queue: Queue, arguments: Sequence[str], jobs: set[str]) -> None:
     profile = plan.machine.profile.of(plan.runs[0].spec.size)
     profile = profile.evaluating or profile
-    profile = replace(profile, device="cpu", nodes=1, devices=1, minutes=min(_CONCLUSION_MINUTES, profile.minutes))
+    # It needs no GPU, and nothing that is counted by them.
+    plain = {key: value for key, value in (profile.sbatch or {}).items() if key != "gres" and "gpu" not in key}
+    minutes = min(_CONCLUSION_MINUTES, profile.minutes)
+    profile = replace(profile, device="cpu", nodes=1, devices=1, minutes=minutes, sbatch=plain)
     last = Array(profile, scheduler.CONCLUDE, ((shlex.join(arguments),),), _afterany(jobs))
     _sbatch(queue, last, [Conclusion(arguments, Path.cwd())])
 
@@ -187,7 +197,10 @@ def _sbatch(queue: Queue, array: Array, tasks: Sequence[TrunkTask | Conclusion])
         # A controller that was too slow to answer may have taken the job all the same.
         if "timed out" not in reason:
             scheduler.withdraw(runs_dir, comment)
-        raise InvalidInput(f"{reason} (profile {array.profile.name}: --resources FILE names your cluster's)") from error
+        way_out = "--resources FILE names your cluster's"
+        if any(words in reason for words in _TOO_MANY):
+            way_out = f"{len(tasks)} tasks; trunks_per_task packs several trunks into each"
+        raise InvalidInput(f"{reason} (profile {array.profile.name}: {way_out})") from error
     job = jobs[0].job_id.partition("_")[0]
     scheduler.submitted(runs_dir, comment, job)
     return job

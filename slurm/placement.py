@@ -25,6 +25,10 @@ from fluidscale.sweep import ladder, read_yaml
 RETRIED = ("preemption", "time_limit", "requeue", "node_failure")
 RESOURCES = Path(__file__).resolve().parent / "resources.yaml"
 CLUSTERS = ("local", "debug", "slurm")
+# Parameters of sbatch, or of submitit beside them, on which the launcher relies: by them it finds its tasks again.
+_LAUNCHERS_OWN = ("array", "array_parallelism", "comment", "dependency", "error", "job_name", "nodes", "ntasks",
+                  "ntasks_per_node", "open_mode", "output", "signal", "signal_delay_s", "srun_args",
+                  "time")  # fmt: skip
 # Read by glibc when a process starts, unknown elsewhere. By default it hands freed megabytes back to the system and
 # pays for zeroed pages at the next step: up to a fifth of a small model's step (benchmarks/allocator.py).
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
@@ -59,6 +63,8 @@ class Profile:
     parallel: AtLeastOne = 64
     trunks_per_task: AtLeastOne = 1
     max_gpu_hours: Amount = 0.0
+    # Laid over the parameters of sbatch; null takes one away.
+    sbatch: dict[str, Any] | None = None
     # By cause, how often a run is started again; a cause that is not named has no bound.
     restarts: dict[str, Count] | None = None
     # The keys that differ for jobs of their own that evaluate; None: evaluated where it was trained.
@@ -127,7 +133,13 @@ def _check(profile: Profile, where: str) -> None:
     for cause in profile.restarts or {}:
         if cause not in RETRIED:
             raise InvalidInput(unknown_key(cause, RETRIED, f"{where}: restarts"))
-    _ = profile.evaluating
+    for key, value in (profile.sbatch or {}).items():
+        if key.replace("-", "_") in _LAUNCHERS_OWN:
+            raise InvalidInput(f"{where}: sbatch: {key}: it is the launcher's to say")
+        if value is not None and value is not True and (value is False or not isinstance(value, (str, int, float))):
+            raise InvalidInput(f"{where}: sbatch: {key}: expected a text, a number, true or null, got {value!r}")
+    if profile.evaluating:
+        _check(profile.evaluating, f"{where}: evaluation")
 
 
 def choose(cluster: str, name: str | None, resources: Path | None = None) -> Machine:

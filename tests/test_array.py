@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from cheap_job import STEPS, cheap, plan_of, write_sweep
+from submitit.slurm.slurm import _make_sbatch_string
 
 from fluidscale.folder import RunFolder
 from fluidscale.record import Placement, read_json, write_atomic, write_json
@@ -300,6 +301,25 @@ def test_a_run_of_several_processes_gets_a_task_a_device():
     assert (parameters["nodes"], parameters["ntasks_per_node"], parameters["gpus_per_node"]) == (2, 8, 8)
     # The death of one process must end the others, which wait for it in the middle of a step.
     assert "--kill-on-bad-exit=1" in parameters["srun_args"]
+
+
+def test_what_a_profile_says_of_sbatch_wins_and_null_takes_away(plan, tmp_path, monkeypatch):
+    kept = {"mem": "64G", "wckey": None, "cpus-per-task": 5, "requeue": None}
+    laid = {**kept, "gres": "gpu:a100:8", "gpus-per-node": None}
+    profile = dataclasses.replace(load_profile("slurm"), sbatch=laid)
+    given = Array(profile, "whole", (("a",),)).parameters()
+    text = _make_sbatch_string(command="", folder=tmp_path, **given)
+    flags = {line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")}
+    assert {"mem=64G", "gres=gpu:a100:8", "cpus-per-task=5"} <= flags
+    assert not {flag.partition("=")[0] for flag in flags} & {"wckey", "gpus-per-node", "requeue"}
+    said = Array(profile, "whole", (("a",),)).describe("name").splitlines()
+    assert {line.removeprefix("#SBATCH --") for line in said[1:]} - {"job-name=name"} <= flags
+    # The last job computes on no GPU.
+    jobs: list[Array] = []
+    monkeypatch.setattr(array, "_sbatch", lambda queue, array, tasks: jobs.append(array))
+    planned = make_plan(plan.sweep, Machine(profile, 2))
+    array._submit_conclusion(planned, local.queue_of(planned, tmp_path, "launch"), [], set())
+    assert jobs[0].profile.sbatch == kept
 
 
 def test_no_gpu_is_asked_for_on_a_cpu_profile():

@@ -207,3 +207,15 @@ def test_a_batch_is_micro_batches_times_devices_times_accumulation(sweep):
             placement.place(spec, dataclasses.replace(four, **wrong), (1,), {})
     with pytest.raises(InvalidInput, match="need strategy ddp or fsdp"):
         placement.place(spec, dataclasses.replace(profile, devices=2), (1,), {})
+
+
+def test_further_parameters_of_sbatch_are_plain_and_none_that_the_launcher_relies_on(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("slurm: {sbatch: {mem: 64G, nice: 10, exclusive: true, wckey: null}}")
+    assert load_profile("slurm", own).sbatch == {"mem": "64G", "nice": 10, "exclusive": True, "wckey": None}
+    for wrong, said in (("sbatch: 64G", "expected keys and values"), ("sbatch: {mem: [64]}", "sbatch: mem: expected a"),
+                        ("sbatch: {job-name: a}", "the launcher's to say"),
+                        ("evaluation: {sbatch: {mem: {}}}", "evaluation: sbatch: mem: expected a")):  # fmt: skip
+        own.write_text(f"slurm: {{{wrong}}}")
+        with pytest.raises(InvalidInput, match=said):
+            load_profile("slurm", own)
