@@ -11,7 +11,7 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +21,15 @@ from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 
+from fluidscale.folder import RunFolder
 from fluidscale.record import git_revision
 from fluidscale.spec import InvalidInput
 from slurm import layout, scheduler
-from slurm.job import EVALUATE, TRAIN, WHOLE, Queue
+from slurm.job import EVALUATE, TRAIN, WHOLE, Queue, is_over
 from slurm.placement import Profile
 from slurm.plan import Plan
 from slurm.snapshot import snapshot
-from slurm.task import NOTICE_SECONDS, Conclusion, TrunkTask, is_finished
+from slurm.task import NOTICE_SECONDS, Conclusion, TrunkTask
 
 # Most clusters allow arrays of at most 1001 tasks (slurm.conf, MaxArraySize).
 _ARRAY_TASKS = 1000
@@ -107,9 +108,9 @@ def submit(plan: Plan, queue: Queue, conclusion: Sequence[str]) -> list[str]:
         there = scheduler.live(runs_dir)
         new: list[tuple[Array, str]] = []
         for array in arrays(plan, queue, there):
-            new.append((array, _submit(queue, _after(array, new, there))))
+            new.append((array, _submit(queue, _after(queue, array, new, there))))
         # Of a launch with the same words: one of other sizes or arms has a last job, and a table, of its own.
-        last = there.get((scheduler.CONCLUDE, shlex.join(conclusion)))
+        last = there.get((scheduler.CONCLUDE, shlex.join(conclusion), ""))
         if new or last is None:
             if last is not None:
                 # It waits for the tasks of its own launch only.
@@ -118,19 +119,31 @@ def submit(plan: Plan, queue: Queue, conclusion: Sequence[str]) -> list[str]:
     return [f"{job}_{index}" if len(a.tasks) > 1 else job for a, job in new for index in range(len(a.tasks))]
 
 
-def arrays(plan: Plan, queue: Queue, there: Mapping[tuple[str, str], object]) -> Iterator[Array]:
+def arrays(plan: Plan, queue: Queue, there: Mapping[scheduler.Work, scheduler.Task]) -> Iterator[Array]:
     """What is left to submit: training by placement, and for each such array, where evaluation is apart, its own."""
     profiles = {run.spec.trunk_id: plan.machine.profile.of(run.spec.size) for run in plan.runs}
-    open_ = [trunk for trunk in queue.trunks if not is_finished(queue, trunk) and (WHOLE, trunk) not in there]
-    trained = [t for t in open_ if (TRAIN, t) in there or is_finished(queue, t, TRAIN)]
-    for profile, trunk_ids in _by_placement(profiles, [trunk for trunk in open_ if trunk not in trained]):
+    expected, busy = scheduler.awaited(there), {trunk for _, trunk, _ in there}
+    untrained = [trunk for trunk in queue.trunks if _lacks(queue, trunk, TRAIN, expected)]
+    for profile, trunk_ids in _by_placement(profiles, untrained, busy):
         for array in _arrays(profile, TRAIN if profile.evaluating else WHOLE, trunk_ids):
             yield array
             if profile.evaluating:
                 yield Array(profile.evaluating, EVALUATE, array.tasks)
-    for profile, trunk_ids in _by_placement(profiles, [t for t in trained if (EVALUATE, t) not in there]):
+    trained = [trunk for trunk in queue.trunks if trunk not in set(untrained)]
+    unevaluated = [trunk for trunk in trained if _lacks(queue, trunk, EVALUATE, expected)]
+    for profile, trunk_ids in _by_placement(profiles, unevaluated, busy):
         # Trained under a profile that evaluates apart, and now under one that does not: the task finds the weights.
         yield from _arrays(profile.evaluating or profile, EVALUATE if profile.evaluating else WHOLE, trunk_ids)
+
+
+def _lacks(queue: Queue, trunk_id: str, stage: str, expected: Mapping[scheduler.Work, object]) -> bool:
+    """Whether a run of the trunk needs its training, or its evaluation, and no task in the queue has it."""
+    over = TRAIN if stage == TRAIN else WHOLE
+    return any(
+        scheduler.of_run(expected, stage, trunk_id, run_id) is None
+        and not is_over(RunFolder(Path(queue.runs_dir) / run_id), over)
+        for run_id in queue.trunks[trunk_id]
+    )
 
 
 def _arrays(profile: Profile, stage: str, trunk_ids: Sequence[str]) -> Iterator[Array]:
@@ -139,25 +152,30 @@ def _arrays(profile: Profile, stage: str, trunk_ids: Sequence[str]) -> Iterator[
         yield Array(profile, stage, tuple(chunk))
 
 
-def _after(array: Array, new: Sequence[tuple[Array, str]], there: Mapping[tuple[str, str], scheduler.Task]) -> Array:
-    """An evaluation waits for its training: task for task where both are new, else for the tasks at work."""
-    if array.stage != EVALUATE:
-        return array
+def _after(
+    queue: Queue, array: Array, new: Sequence[tuple[Array, str]], there: Mapping[scheduler.Work, scheduler.Task]
+) -> Array:
+    """An evaluation waits for its training, task for task where both are new; and everything for the tasks that have
+    other runs of its trunks, since of two that begin together one would find nothing to do.
+    """
+    mine = {trunk for task in array.tasks for trunk in task}
+    jobs = {(stage, task.job_id) for (stage, trunk, _), task in there.items() if trunk in mine}
+    before = _afterany({job for stage, job in jobs if (array.stage, stage) != (TRAIN, EVALUATE)})
     training = next((job for other, job in new if other.stage == TRAIN and other.tasks == array.tasks), None)
-    if training is not None:
-        return replace(array, after=f"{'aftercorr' if len(array.tasks) > 1 else 'afterok'}:{training}")
-    jobs = {there[TRAIN, trunk].job_id for task in array.tasks for trunk in task if (TRAIN, trunk) in there}
-    return replace(array, after=_afterany(jobs))
+    if array.stage != EVALUATE or training is None:
+        return replace(array, after=before)
+    waits = f"{'aftercorr' if len(array.tasks) > 1 else 'afterok'}:{training}"
+    return replace(array, after=f"{waits},{before}" if before else waits)
 
 
 def _afterany(jobs: set[str]) -> str:
     return f"afterany:{':'.join(sorted(jobs))}" if jobs else ""
 
 
-def _at_work(queue: Queue, there: Mapping[tuple[str, str], scheduler.Task]) -> set[str]:
+def _at_work(queue: Queue, there: Mapping[scheduler.Work, scheduler.Task]) -> set[str]:
     """The tasks in the queue that work for this sweep, also those of another sweep that shares a trunk."""
     mine = set(queue.trunks)
-    return {task.job_id for (stage, trunk), task in there.items() if stage != scheduler.CONCLUDE and trunk in mine}
+    return {task.job_id for (stage, trunk, _), task in there.items() if stage != scheduler.CONCLUDE and trunk in mine}
 
 
 def _submit(queue: Queue, array: Array) -> str:
@@ -182,7 +200,8 @@ def _submit_conclusion(plan: Plan, queue: Queue, arguments: Sequence[str], jobs:
 
 def _sbatch(queue: Queue, array: Array, tasks: Sequence[TrunkTask | Conclusion]) -> str:
     runs_dir = Path(queue.runs_dir)
-    comment = scheduler.announce(runs_dir, queue.sweep, array.stage, array.tasks)
+    runs = {trunk: queue.trunks[trunk] for task in array.tasks for trunk in task if trunk in queue.trunks}
+    comment = scheduler.announce(runs_dir, queue.sweep, array.stage, array.tasks, runs)
     executor = SlurmExecutor(layout.worker_logs(runs_dir), max_num_timeout=_TIMEOUTS, python=_DEAF_AT_FIRST)
     name = queue.sweep if array.stage in (WHOLE, TRAIN) else f"{queue.sweep}-{array.stage}"
     executor.update_parameters(
@@ -219,16 +238,19 @@ def _setup(runs_dir: Path, profile: Profile) -> list[str]:
     ]
 
 
-def _by_placement(profiles: Mapping[str, Profile], trunk_ids: Sequence[str]) -> list[tuple[Profile, list[str]]]:
-    """Trunks whose sizes are placed alike go into one array."""
-    groups: list[tuple[Profile, list[str]]] = []
+def _by_placement(
+    profiles: Mapping[str, Profile], trunk_ids: Sequence[str], busy: Collection[str] = ()
+) -> list[tuple[Profile, list[str]]]:
+    """Trunks whose sizes are placed alike go into one array; those that are busy go into another, since it waits."""
+    groups: list[tuple[Profile, bool, list[str]]] = []
     for trunk_id in trunk_ids:
-        same = next((group for profile, group in groups if profile == profiles[trunk_id]), None)
+        kind = (profiles[trunk_id], trunk_id in busy)
+        same = next((group for *other, group in groups if tuple(other) == kind), None)
         if same is None:
-            groups.append((profiles[trunk_id], [trunk_id]))
+            groups.append((*kind, [trunk_id]))
         else:
             same.append(trunk_id)
-    return groups
+    return [(profile, group) for profile, _, group in groups]
 
 
 def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -261,7 +261,7 @@ def _dry_run(planned: plan.Plan, runs_dir: Path, arguments: argparse.Namespace, 
     from slurm.array import arrays
     from slurm.local import queue_of
 
-    there: dict[tuple[str, str], scheduler.Task] = {}
+    there: dict[scheduler.Work, scheduler.Task] = {}
     try:
         there = scheduler.live(runs_dir)
     except scheduler.NoScheduler as error:

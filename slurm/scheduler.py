@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from fluidscale.folder import RunFolder
 from fluidscale.record import read_json, write_json
@@ -47,6 +48,10 @@ _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAI
 _CLIENTS_OWN = ("SQUEUE_", "SACCT_", "SCANCEL_", "SCONTROL_", "SLURM_TIME_FORMAT", "SLURM_CLUSTERS")
 # Why a task waits that will start by itself (squeue's manual, JOB REASON CODES); anything else is told.
 _PATIENCE = {"None", "Priority", "Resources", "Dependency", "JobArrayTaskLimit", "BeginTime", "Cleaning"}
+# A stage, a trunk, and one of the runs that a task has of it. The run is empty for a last job, whose trunk is its
+# command, and for all runs of a submission that is too old to name them.
+Work = tuple[str, str, str]
+T = TypeVar("T")
 
 
 class NoScheduler(InvalidInput):
@@ -84,10 +89,14 @@ def submitting(runs_dir: Path) -> Iterator[None]:
         held.release()
 
 
-def announce(runs_dir: Path, sweep: str, stage: str, tasks: Sequence[Sequence[str]]) -> str:
-    """Writes down which trunks each task of an array is about to have; returns the comment that its job must carry."""
+def announce(
+    runs_dir: Path, sweep: str, stage: str, tasks: Sequence[Sequence[str]], runs: Mapping[str, Sequence[str]]
+) -> str:
+    """Writes down which trunks each task of an array is about to have, and which runs of each; returns the comment that
+    its job must carry.
+    """
     comment = f"fluidscale-{uuid.uuid4().hex[:12]}"
-    facts = {"sweep": sweep, "stage": stage, "tasks": tasks, "job": None, "at": time.time()}
+    facts = {"sweep": sweep, "stage": stage, "tasks": tasks, "runs": dict(runs), "job": None, "at": time.time()}
     write_json(layout.submissions(runs_dir) / f"{comment}.json", facts)
     return comment
 
@@ -121,19 +130,28 @@ def adopt(runs_dir: Path) -> None:
         time.sleep(1)
 
 
-def live(runs_dir: Path, sweep: str | None = None) -> dict[tuple[str, str], Task]:
-    """The task in the queue (waiting or running) of each (stage, trunk); a last job's trunk is its command.
+def live(runs_dir: Path) -> dict[Work, Task]:
+    """The task in the queue (waiting or running) of each work.
 
     Raises NoScheduler when squeue does not answer.
     """
-    announced = _announced(runs_dir, sweep)
-    found: dict[tuple[str, str], Task] = {}
-    for task, comment in _queue() if announced else ():
-        if comment in announced:
-            file = announced[comment]
-            for trunk_id in file["tasks"][_index(task.job_id)]:
-                found[file["stage"], trunk_id] = task
+    found: dict[Work, Task] = {}
+    for task, file in _tasks(runs_dir):
+        for work in _works(file, _index(task.job_id)):
+            # Of two tasks with the same run, one waits for the other.
+            if work not in found or found[work].state != "RUNNING":
+                found[work] = task
     return found
+
+
+def awaited(tasks: Mapping[Work, Task]) -> dict[Work, Task]:
+    """The task that will train, and the one that will evaluate, by run."""
+    return {(does, trunk, run): task for (stage, trunk, run), task in tasks.items() for does in _DOES[stage]}
+
+
+def of_run(known: Mapping[Work, T], stage: str, trunk_id: str, run_id: str) -> T | None:
+    """What is known of one stage of a run."""
+    return known.get((stage, trunk_id, run_id), known.get((stage, trunk_id, "")))
 
 
 def reconcile(states: list[RunState], runs_dir: Path) -> list[RunState]:
@@ -146,39 +164,46 @@ def reconcile(states: list[RunState], runs_dir: Path) -> list[RunState]:
     except NoScheduler:
         return states
     working = {task.job_id for task in tasks.values() if task.state != "PENDING"}
-    submitted_trunks = {trunk_id for _, trunk_id in last}
-    # A run without a folder was never submitted, though its trunk may have been, for others.
+    # A run that no task has was never submitted, though its trunk may have been, for others.
     unsettled = [
         state
         for state in states
         if state.state not in (*OVER, "planned")
-        and state.planned.spec.trunk_id in submitted_trunks
+        and any(_of(last, state, stage) for stage in (TRAIN, EVALUATE))
         and (state.state != "running" or (state.job and state.job not in working))
     ]
-    awaited = {(stage, trunk_id): task for (done_by, trunk_id), task in tasks.items() for stage in _DOES[done_by]}
+    expected = awaited(tasks)
     # Files are read after the queue: what a task did before it left is there.
-    works = {state.planned.spec.id: _next(state, runs_dir, last) for state in unsettled}
-    gone = {last[work] for work in works.values() if work not in awaited}
+    stages = [_next(state, runs_dir, last) for state in unsettled]
+    works = [
+        (state, _of(last, state, stage) or "", _of(expected, state, stage))
+        for state, stage in zip(unsettled, stages, strict=True)
+    ]
+    gone = {job_id for _, job_id, task in works if task is None}
     ends: dict[str, str] = {}
     with contextlib.suppress(NoScheduler):
         ends = _ends(gone) if gone else {}
     settled = {
-        state.planned.spec.id: replace(state, state="queued", error=awaited[work].held)
-        if (work := works[state.planned.spec.id]) in awaited
-        else _without(state, last[work], ends, runs_dir)
-        for state in unsettled
+        state.planned.spec.id: replace(state, state="queued", error=task.held)
+        if task
+        else _without(state, job_id, ends, runs_dir)
+        for state, job_id, task in works
     }
     return [settled.get(state.planned.spec.id, state) for state in states]
 
 
-def _next(state: RunState, runs_dir: Path, last: Mapping[tuple[str, str], str]) -> tuple[str, str]:
-    """What a run waits for: the training of its trunk, or when it has its weights, their evaluation.
+def _of(known: Mapping[Work, T], state: RunState, stage: str) -> T | None:
+    return of_run(known, stage, state.planned.spec.trunk_id, state.planned.spec.id)
+
+
+def _next(state: RunState, runs_dir: Path, last: Mapping[Work, str]) -> str:
+    """What a run waits for: its training, or when it has its weights, their evaluation.
 
     A task that only evaluates makes nothing of a run whose training was cancelled, though it may still be in the queue.
     """
     trained = is_over(RunFolder(runs_dir / state.planned.spec.id), TRAIN)
-    works = [(stage, state.planned.spec.trunk_id) for stage in (TRAIN, EVALUATE)]
-    return next(work for work in (reversed(works) if trained else works) if work in last)
+    stages = (EVALUATE, TRAIN) if trained else (TRAIN, EVALUATE)
+    return next(stage for stage in stages if _of(last, state, stage))
 
 
 def _without(state: RunState, job_id: str, ends: Mapping[str, str], runs_dir: Path) -> RunState:
@@ -204,12 +229,12 @@ def job_facts(job_id: str) -> dict[str, str]:
 
 def cancel(runs_dir: Path, sweep: str) -> int:
     """Cancels the sweep's tasks and waits until the last has left; returns how many there were."""
-    tasks = sorted({task.job_id for task in live(runs_dir, sweep).values()})
+    tasks = sorted({task.job_id for task, _ in _tasks(runs_dir, sweep)})
     if not tasks:
         return 0
     scancel(tasks)
     deadline = time.monotonic() + _END_SECONDS
-    while live(runs_dir, sweep) and time.monotonic() < deadline:
+    while _tasks(runs_dir, sweep) and time.monotonic() < deadline:
         time.sleep(0.5)
     return len(tasks)
 
@@ -227,21 +252,35 @@ def _queue() -> Iterator[tuple[Task, str]]:
         yield Task(job_id, state, reason), comment
 
 
+def _tasks(runs_dir: Path, sweep: str | None = None) -> list[tuple[Task, dict]]:
+    """Each task in the queue of a run folder, and what was announced of its array."""
+    announced = _announced(runs_dir, sweep)
+    return [(task, announced[comment]) for task, comment in _queue() if comment in announced] if announced else []
+
+
+def _works(file: dict, index: int) -> Iterator[Work]:
+    """What one task of an announced array has to do."""
+    for trunk_id in file["tasks"][index]:
+        for run_id in file["runs"].get(trunk_id, [""]):
+            yield file["stage"], trunk_id, run_id
+
+
 def _announced(runs_dir: Path, sweep: str | None = None) -> dict[str, dict]:
     paths = layout.submissions(runs_dir).glob("fluidscale-*.json")
-    # Files of older submissions name no stage.
-    files = {path.stem: {"stage": "whole", **(read_json(path) or {})} for path in paths}
+    # Files of older submissions name no stage, or no runs.
+    files = {path.stem: {"stage": "whole", "runs": {}, **(read_json(path) or {})} for path in paths}
     return {comment: file for comment, file in files.items() if sweep in (None, file["sweep"])}
 
 
-def _last_jobs(runs_dir: Path) -> dict[tuple[str, str], str]:
-    """The newest task that was ever submitted for the training, and for the evaluation, of each trunk."""
+def _last_jobs(runs_dir: Path) -> dict[Work, str]:
+    """The newest task that was ever submitted for the training, and for the evaluation, of each run."""
     files = [file for file in _announced(runs_dir).values() if file["job"] and file["stage"] != CONCLUDE]
     last = {}
     for file in sorted(files, key=lambda file: file["at"]):
-        for index, trunk_ids in enumerate(file["tasks"]):
+        for index in range(len(file["tasks"])):
             job_id = f"{file['job']}_{index}" if len(file["tasks"]) > 1 else file["job"]
-            last |= {(stage, trunk_id): job_id for stage in _DOES[file["stage"]] for trunk_id in trunk_ids}
+            works = _works(file, index)
+            last |= {(does, trunk, run): job_id for stage, trunk, run in works for does in _DOES[stage]}
     return last
 
 

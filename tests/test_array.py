@@ -198,19 +198,43 @@ def test_evaluation_in_jobs_of_its_own_waits_for_its_training_and_leaves_what_is
     assert (training.stage, evaluating.stage) == ("train", "evaluate") and training.tasks == evaluating.tasks
     assert [len(task) for task in training.tasks] == [2, 2]
     assert (evaluating.profile.minutes, evaluating.profile.threads) == (7, 2)
-    after = array._after(evaluating, [(training, "12")], {})
+    after = array._after(queue, evaluating, [(training, "12")], {})
     assert after.after == "aftercorr:12" and after.parameters()["dependency"] == "aftercorr:12"
     # Trained trunks only lack their evaluation; those whose evaluation is in the queue lack nothing.
     first, second = list(queue.trunks)[:2]
     for run_id in queue.trunks[first]:
         write_atomic(RunFolder(tmp_path / run_id).weights, b"there")
-    there = {("train", second): Task("9_1", "RUNNING"), ("evaluate", second): Task("10_1", "PENDING")}
+    at_work = {("train", second, run_id): Task("9_1", "RUNNING") for run_id in queue.trunks[second]}
+    there = at_work | {("evaluate", second, run_id): Task("10_1", "PENDING") for run_id in queue.trunks[second]}
     rest, its_evaluation, alone = array.arrays(plan, queue, there)
     assert set(sum(rest.tasks, ())) == set(sum(its_evaluation.tasks, ())) == set(queue.trunks) - {first, second}
     assert alone.stage == "evaluate" and alone.tasks == ((first,),)
-    there = {("train", second): Task("9_1", "RUNNING")}
-    *_, waiting = array.arrays(plan, queue, there)
-    assert array._after(waiting, [], there).after == "afterany:9_1"
+    *_, waiting = array.arrays(plan, queue, at_work)
+    assert array._after(queue, waiting, [], at_work).after == "afterany:9_1"
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_trunk_in_the_queue_for_other_runs_is_submitted_again_after_them(plan, tmp_path, apart):
+    profile = dataclasses.replace(load_profile("cpu"), evaluation={} if apart else None)
+    plan = make_plan(plan.sweep, Machine(profile, 2))
+    queue = local.prepare(plan, tmp_path, "launch", retry_failed=False)
+    trunk, (shorter, _) = next(iter(queue.trunks.items()))
+    stages = {"train": "9_1", "evaluate": "10_1"} if apart else {"whole": "9_1"}
+    for run_id in (shorter, "of-another-sweep"):
+        there = {(stage, trunk, run_id): Task(job, "PENDING") for stage, job in stages.items()}
+        found = list(array.arrays(plan, queue, there))
+        again = [array._after(queue, each, [], there) for each in found if (trunk,) in each.tasks]
+        assert [each.tasks for each in again] == [((trunk,),)] * len(stages)
+        assert again[0].after == "afterany:9_1", "it would find its trunk in another's hands, and end"
+        # What need not wait does not.
+        others = [each for each in found if (trunk,) not in each.tasks]
+        assert others and not any(array._after(queue, each, [], there).after for each in others)
+        if apart:
+            new = [(again[0], "12")]
+            assert array._after(queue, again[1], new, there).after == "afterok:12,afterany:10_1:9_1"
+    # An older submission does not say which runs it has.
+    there = {(stage, trunk, ""): Task(job, "PENDING") for stage, job in stages.items()}
+    assert not any((trunk,) in each.tasks for each in array.arrays(plan, queue, there))
 
 
 def test_a_dry_run_prints_what_sbatch_would_get_and_writes_nothing(tmp_path, capsys):
