@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,13 +121,24 @@ def adopt(runs_dir: Path) -> None:
         orphans = {comment: file for comment, file in _announced(runs_dir).items() if file["job"] is None}
         if not orphans:
             return
-        numbers = {comment: task.job_id for task, comment in _queue()}
+        numbers = {comment: task.job_id.partition("_")[0] for task, comment in _queue()}
         for comment in orphans.keys() & numbers.keys():
-            submitted(runs_dir, comment, numbers[comment])
+            if _can_begin(runs_dir, numbers[comment], len(orphans[comment]["tasks"])):
+                submitted(runs_dir, comment, numbers[comment])
+            else:
+                scancel([numbers[comment]])
+                _until(lambda comment=comment: comment not in {other for _, other in _queue()})
+                withdraw(runs_dir, comment)
         if not any(time.time() - file["at"] < _SBATCH_SECONDS for comment, file in orphans.items()
                    if comment not in numbers):  # fmt: skip
             return
         time.sleep(1)
+
+
+def _can_begin(runs_dir: Path, number: str, tasks: int) -> bool:
+    """Whether every task of a job finds what it is to do: submitit names those files when sbatch has answered."""
+    ids = [f"{number}_{index}" for index in range(tasks)] if tasks > 1 else [number]
+    return all((layout.worker_logs(runs_dir) / f"{job_id}_submitted.pkl").exists() for job_id in ids)
 
 
 def live(runs_dir: Path) -> dict[Work, Task]:
@@ -233,10 +244,15 @@ def cancel(runs_dir: Path, sweep: str) -> int:
     if not tasks:
         return 0
     scancel(tasks)
-    deadline = time.monotonic() + _END_SECONDS
-    while _tasks(runs_dir, sweep) and time.monotonic() < deadline:
-        time.sleep(0.5)
+    _until(lambda: not _tasks(runs_dir, sweep))
     return len(tasks)
+
+
+def _until(over: Callable[[], bool]) -> None:
+    """Waits for the end of tasks, not longer than SLURM may take to end one."""
+    deadline = time.monotonic() + _END_SECONDS
+    while not over() and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def scancel(job_ids: Sequence[str]) -> None:

@@ -284,6 +284,34 @@ def test_questions_to_slurm_do_not_depend_on_what_the_user_likes_to_see(monkeypa
     assert "SLURM_CONF" in heard and not heard & set(liked)
 
 
+@pytest.fixture
+def queue_lines(monkeypatch):
+    """The lines of a queue, as squeue prints them; scancel takes those of a job out."""
+    lines: list[str] = []
+
+    def ask(*command: str) -> str:
+        if command[0] == "scancel":
+            lines[:] = [line for line in lines if line.split("|")[0].partition("_")[0] not in command]
+        return "\n".join(lines)
+
+    monkeypatch.setattr(scheduler, "_ask", ask)
+    return lines
+
+
+def test_what_a_dead_launch_left_is_adopted_where_it_can_begin_and_else_cancelled(tmp_path, queue_lines):
+    trunks = (("a",), ("b",))
+    arrays = (trunks, trunks, (("c",),))
+    whole, half, alone = (scheduler.announce(tmp_path, "s", "whole", tasks, {}) for tasks in arrays)
+    for job_id, comment in (("7_0", whole), ("7_1", whole), ("8_0", half), ("8_1", half), ("9", alone)):
+        queue_lines.append(f"{job_id}|PENDING|Priority|{comment}")
+        if job_id != "8_1":
+            write_atomic(layout.worker_logs(tmp_path) / f"{job_id}_submitted.pkl", b"there")
+    scheduler.adopt(tmp_path)
+    files = {path.stem: (read_json(path) or {})["job"] for path in layout.submissions(tmp_path).glob("*.json")}
+    assert files == {whole: "7", alone: "9"}
+    assert [line.partition("|")[0] for line in queue_lines] == ["7_0", "7_1", "9"]
+
+
 def test_the_last_job_reads_the_sweep_as_the_launch_did(tmp_path, monkeypatch, capsys):
     write_sweep(tmp_path)
     path = tmp_path / "relative.yaml"

@@ -241,6 +241,9 @@ def test_a_thousand_runs_are_submitted_watched_and_cancelled_in_seconds(slurm, t
             process.communicate()
         assert launch.seconds("submit") < 10
         assert len(launch.queue()) == 1000, "a task was submitted twice, or lost"
+        waiting = slurm.ask("squeue", "-h", "-r", "--name=many", "-o", "%i").split()
+        lacking = [job for job in waiting if not (layout.worker_logs(launch.runs) / f"{job}_submitted.pkl").exists()]
+        assert not lacking, "a task would find nothing to do"
         assert launch.seconds("status") < 3
         assert "1001 processes and tasks stopped" in launch("cancel")
         assert not launch.queue()
@@ -251,7 +254,8 @@ def test_a_thousand_runs_are_submitted_watched_and_cancelled_in_seconds(slurm, t
         slurm.ask("scontrol", "update", "PartitionName=high", "State=UP")
     fault(
         "the launcher killed while it submits (kill -9)",
-        then="the same command goes on; an sbatch call that outlived its launcher is waited for and adopted",
+        then="the same command goes on; an sbatch call that outlived its launcher is waited for, and adopted if its "
+        "tasks can begin, else cancelled and made again",
         repeated="0",
         leaves=f"after {kills} kills, each of 1000 tasks in the queue once",
     )
