@@ -67,7 +67,7 @@ class Array:
             "cpus_per_task": profile.threads,
             "array_parallelism": profile.parallel,
             # At most a quarter of the job's time: a notice at its start would leave none to work in.
-            "signal_delay_s": min(NOTICE_SECONDS, 15 * profile.minutes),
+            "signal_delay_s": self.notice,
             # Since 22.05 srun no longer takes this over from sbatch.
             "srun_args": [f"--cpus-per-task={profile.threads}", *(["--kill-on-bad-exit=1"] if several else [])],
             **({"dependency": self.after} if self.after else {}),
@@ -80,6 +80,11 @@ class Array:
         known = {key: value for key, value in known.items() if key not in own} | silent
         more = {key: value for key, value in {**more, **own}.items() if value is not None}
         return {**known, "additional_parameters": more}
+
+    @property
+    def notice(self) -> int:
+        """Seconds before its end at which a task is told of it: a quarter of a short one's minutes."""
+        return min(NOTICE_SECONDS, 15 * self.profile.minutes)
 
     def describe(self, name: str) -> str:
         """What a dry run prints: the lines of its sbatch file that depend on the placement."""
@@ -183,7 +188,7 @@ def _submit(queue: Queue, array: Array) -> str:
     restarts = array.profile.restarts or {}
     # A task has the devices that were asked for with it, whatever a later launch writes into the runs' folders.
     placed = array.profile.placed
-    tasks = [TrunkTask(str(queue.path), task, restarts, array.stage, placed) for task in array.tasks]
+    tasks = [TrunkTask(str(queue.path), task, restarts, array.stage, placed, array.notice) for task in array.tasks]
     return _sbatch(queue, array, tasks)
 
 

@@ -112,15 +112,15 @@ def samples_at_once(spec: RunSpec, profile: Profile) -> float:
 
 
 def _evaluate_seconds(spec: RunSpec, profile: Profile, processes: int) -> float:
-    """Images are shared out and drawn in TF32; every process makes all passes over validation images, in float32."""
-    drawing, passing = _SLOWER if "16" in profile.precision else (1.0, 1.0)
-    work = drawing * _drawn_flops(spec) / processes + passing * _passes_flops(spec)
-    return work / (profile.sustained_tflops * 1e12)
+    """Images are shared out, drawn in TF32, judged in float32; every process makes all validation passes in float32."""
+    tf32, float32 = _SLOWER if "16" in profile.precision else (1.0, 1.0)
+    shared = tf32 * _drawn_flops(spec) + float32 * _judged_flops(spec)
+    return (shared / processes + float32 * _passes_flops(spec)) / (profile.sustained_tflops * 1e12)
 
 
 def evaluation_flops(spec: RunSpec) -> float:
     """FLOPs of measuring a run once: every image drawn and judged, and all passes over the validation images."""
-    return _drawn_flops(spec) + _passes_flops(spec)
+    return _drawn_flops(spec) + _judged_flops(spec) + _passes_flops(spec)
 
 
 def _images(spec: RunSpec) -> dict[str, int]:
@@ -131,9 +131,12 @@ def _images(spec: RunSpec) -> dict[str, int]:
 
 
 def _drawn_flops(spec: RunSpec) -> float:
-    images, evaluate = _images(spec), spec.evaluate
-    drawing = sum(images.values()) * flops.sampling_flops(spec.model, evaluate.sampling)
-    return drawing + sum(images[JUDGES[judge][0]] * _JUDGE_FLOPS[judge] for judge in evaluate.judges)
+    return sum(_images(spec).values()) * flops.sampling_flops(spec.model, spec.evaluate.sampling)
+
+
+def _judged_flops(spec: RunSpec) -> float:
+    images = _images(spec)
+    return sum(images[JUDGES[judge][0]] * _JUDGE_FLOPS[judge] for judge in spec.evaluate.judges)
 
 
 def _passes_flops(spec: RunSpec) -> float:

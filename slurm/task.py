@@ -52,13 +52,14 @@ class TrunkTask:
         restarts: Mapping[str, int],
         stage: str = WHOLE,
         placement: Mapping[str, Any] | None = None,
+        notice: int = NOTICE_SECONDS,
         execute: Execute = execute,
     ) -> None:
         self.queue_path, self.trunk_ids, self.restarts = queue_path, tuple(trunk_ids), dict(restarts)
-        self.stage, self.placement, self.execute = stage, dict(placement or {}), execute
+        self.stage, self.placement, self.notice, self.execute = stage, dict(placement or {}), notice, execute
 
     def __call__(self) -> None:
-        queue, stop = load_queue(Path(self.queue_path)), SlurmStop()
+        queue, stop = load_queue(Path(self.queue_path)), SlurmStop(self.notice)
         worker = Worker(queue, stop, self.execute, None, self.stage, self.restarts, self.placement)
         try:
             with _mirrored(Path(queue.runs_dir), stop):
@@ -75,9 +76,8 @@ class TrunkTask:
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit puts back into the queue: the same task."""
-        return DelayedSubmission(
-            TrunkTask(self.queue_path, self.trunk_ids, self.restarts, self.stage, self.placement, self.execute)
-        )
+        same = (self.restarts, self.stage, self.placement, self.notice, self.execute)
+        return DelayedSubmission(TrunkTask(self.queue_path, self.trunk_ids, *same))
 
     def _work(self, worker: Worker, trunk_id: str) -> None:
         if not _leads():
@@ -116,8 +116,10 @@ class Conclusion:
 class SlurmStop(StopSignal):
     """SLURM's signals: a notice (submitit's signal, at the end of time and before preemption) or a bare SIGTERM."""
 
-    def __init__(self) -> None:
+    def __init__(self, notice: int) -> None:
+        """`notice`: the seconds that SLURM leaves from its notice to the end."""
         super().__init__()
+        self._after_notice = max(notice - _LEAVING_SECONDS, self.patience)
         number = getattr(signal, f"SIG{SlurmJobEnvironment.USR_SIG}")
         self._number, self._requeue, self._noticed = number, signal.getsignal(number), False
         self._cause = ""
@@ -127,7 +129,7 @@ class SlurmStop(StopSignal):
     def _notice(self, *_: Any) -> None:
         self._noticed = True
         # There is time for a long step and its checkpoint.
-        self.patience = NOTICE_SECONDS - _LEAVING_SECONDS
+        self.patience = self._after_notice
         signal.raise_signal(signal.SIGTERM)
 
     def cause(self) -> str:

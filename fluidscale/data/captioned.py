@@ -31,9 +31,9 @@ from fluidscale.tokens.folders import file_sha256
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
-# Features are kept bit for bit: numpy has no bfloat16, so its bits are stored as uint16.
 # Files of a part at most, and descriptors that a process needs for all else.
 _KINDS, _OTHER_FILES = 5, 512
+# Features are kept bit for bit: numpy has no bfloat16, so its bits are stored as uint16.
 STORED = {"bfloat16": np.uint16, "float32": np.float32}
 
 
