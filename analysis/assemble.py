@@ -21,7 +21,7 @@ from analysis.links import ceiling_band, link
 from analysis.matched import matched
 from analysis.noise import pooled, seed_noise, unlike
 from analysis.optima import optima
-from analysis.points import Points
+from analysis.points import Points, data_levels
 from analysis.predictions import keep_record, register
 from analysis.rollout import Refit, on_common_rows, rollout, score
 from analysis.sensitivity import sensitivity
@@ -75,6 +75,11 @@ def _candidates(points: Points, fits: Sequence[Fit]) -> list[Law]:
     return list(dict.fromkeys([*out, *(f.law for f in fits)]))
 
 
+def _held(chosen: Law, points: Points) -> Points:
+    """The points of which a held-out test may show a law the smaller sizes."""
+    return points.within_ladder() if len(chosen.axes) == 1 else points
+
+
 def _law_choice(
     result: Study, points: Points, refits: Refits, rollouts: dict[tuple[str, ...], list[dict]]
 ) -> list[dict[str, Any]]:
@@ -91,7 +96,7 @@ def _law_choice(
             rows.append({"law": candidate.name, "axes": list(candidate.axes), "code": error.code})
             continue
         key = (points.metric, points.name, candidate.name, *candidate.axes)
-        rollouts[key] = rollout(points, refits.of(candidate), level)
+        rollouts[key] = rollout(_held(candidate, points), refits.of(candidate), level)
         shape = {"law": candidate.name, "axes": list(candidate.axes), "n_runs": len(fitted.points), "aicc": fitted.aicc}
         rows.append(shape | {"rollout": score(rollouts[key])})
         asked.append((rows[-1], rollouts[key]))
@@ -207,4 +212,8 @@ def _registered(points: Points, refits: Refits, planned: Sequence[dict]) -> list
     chosen = law(name, axis, signed_floor=points.kind == "signed")
     mine = [r for r in planned if all(str(r.get(k)) == v for k, v in points.group.items())]
     places = [{"n": float(r["params_total"]), "d": float(r["images"]), "c": float(r["train_flops"])} for r in mine]
-    return register(points, refits.of(chosen), refits.choice.level, places)
+    data = points.largest_data().d
+    if axis == "n" and np.isfinite(data).all() and not data_levels(data).any():
+        # A law in N is of one data size, and says nothing of a run of another.
+        places = [place for place in places if not data_levels(np.append(data, place["d"])).any()]
+    return register(_held(chosen, points), refits.of(chosen), refits.choice.level, places)

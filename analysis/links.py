@@ -76,11 +76,11 @@ def rungs_of(joined: Joined) -> Array:
 def _chained(joined: Joined, loss: Points, refit: Refit) -> list[dict[str, float]]:
     """N -> predicted loss -> metric for the next rung: both steps know the smaller rungs only."""
     out = []
-    top = loss.largest_data()
+    top, known = loss.largest_data(), loss.within_ladder()
     for size in rungs(loss)[3:]:
         below, here = joined.n < size, joined.n == size
         try:
-            law = refit(loss.take(loss.rung < size))
+            law = refit(known.take(known.rung < size))
         except InvalidTable:
             continue
         if below.sum() < 3 or not here.any():

@@ -93,6 +93,12 @@ class Points:
         top = level == most
         return self if top.all() else self.take(top)
 
+    def within_ladder(self) -> Points:
+        """Without rows of more data than the ladder's: the smaller sizes alone might share them, as another ladder."""
+        if not np.isfinite(self.d).all():
+            return self
+        return self.take(self.d <= self.largest_data().d.max() * (1 + SAME_DATA))
+
     @cached_property
     def is_data_ladder(self) -> bool:
         """Whether this is one model trained on several data sizes: its laws are then along D."""

@@ -39,7 +39,8 @@ def register(
 ) -> list[dict[str, Any]]:
     """Predictions for the largest rung from all others, and for planned runs above the measured ones.
 
-    `planned` holds {"n", "d", "c"} of runs that have not finished. Entries carry no measurement yet.
+    `points` of a law along one axis end at the ladder's data (`Points.within_ladder`); `planned` holds {"n", "d", "c"}
+    of runs that have not finished. Entries carry no measurement yet.
     """
     sizes = rungs(points)
     if len(sizes) < 2:

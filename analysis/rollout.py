@@ -45,7 +45,10 @@ def held_out(points: Points, fit: Fit, level: float) -> list[dict[str, Any]]:
 
 
 def rollout(points: Points, refit: Refit, level: float) -> list[dict[str, Any]]:
-    """For each rung but the smallest ones: fit on all smaller rungs, predict that rung's largest data size."""
+    """For each rung but the smallest ones: fit on all smaller rungs, predict that rung's largest data size.
+
+    `points` of a law along one axis end at the ladder's data (`Points.within_ladder`).
+    """
     sizes = rungs(points)
     top = points.ladder()
     out = []

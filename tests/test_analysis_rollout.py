@@ -5,9 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from analysis.assemble import Refits
+from analysis.assemble import Refits, assemble
 from analysis.fit import fit
 from analysis.laws import law
 from analysis.links import PUBLISHED_R, ceiling_band, join, link, pearson
@@ -15,8 +16,8 @@ from analysis.points import Points
 from analysis.predictions import keep_record, register, rows_sha256
 from analysis.rollout import on_common_rows, rollout, score
 from analysis.simulate import chinchilla_points
-from analysis.study import Choice
-from analysis.table import InvalidTable
+from analysis.study import Choice, study
+from analysis.table import InvalidTable, load
 
 N = np.geomspace(1e6, 1e9, 8)
 REFIT = Refits(Choice()).of(law("power-floor"))
@@ -203,3 +204,27 @@ def test_ceilings_bracket_a_bounded_score() -> None:
     assert [c["ceiling"] for c in found] == [1.0, 0.8]
     assert found[0]["mean"][-1] > found[1]["mean"][-1]
     assert found[1]["mean"][-1] < 0.8
+
+
+def test_a_ladder_whose_largest_size_lacks_data_is_judged_at_the_data_that_all_sizes_have(tmp_path: Path) -> None:
+    """The smaller sizes alone share more data, at another loss: of those rows a law is no guess of the largest size."""
+    n, sizes = N[2:], len(N) - 2
+    loss = 1.0 + 60 * n**-0.3
+    frame = pd.DataFrame({
+        "token_kind": "discrete", "order": "random", "seed": 0, "val_loss_unit": "nats/token",
+        "run_id": [f"r{i}" for i in range(2 * sizes - 1)],
+        "params_total": np.append(n, n[:-1]), "images": np.repeat([1e6, 2e6], [sizes, sizes - 1]),
+        "val_loss": np.append(loss, 0.5 * loss[:-1]), "val_loss_se": 1e-4,
+        "geneval": np.append(0.5 - loss / 10, 0.9 - loss[:-1] / 10), "geneval_se": 1e-3,
+    })  # fmt: skip
+    frame["train_flops"] = 6 * frame["params_total"] * frame["images"]
+    frame.to_csv(tmp_path / "runs.csv", index=False)
+    planned = {**frame.iloc[0].to_dict(), "run_id": "p", "params_total": 4 * n[-1], "train_flops": 24e6 * n[-1]}
+    rows = [planned, {**planned, "run_id": "q", "images": 2e6}]
+    doc = assemble(study(load(tmp_path / "runs.csv"), Choice()), tmp_path / "predictions.json", rows)
+    asked = [e for f in doc["fits"] if f["metric"] == "val_loss" and f["law"] == "power-floor" for e in f["rollout"]]
+    assert asked and all(abs(e["relative_error"]) < 0.01 for e in asked if e["n_runs"] > 3)
+    (line,) = doc["links"]
+    assert line["error_chained"] < 0.01
+    told = [p["target"] for p in doc["predictions"]["predictions"] if p["metric"] == "val_loss"]
+    assert [(t["n"], t["d"]) for t in told] == [(n[-1], 1e6), (4 * n[-1], 1e6)]
