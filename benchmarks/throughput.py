@@ -1,19 +1,23 @@
-"""Training throughput on one GPU: tokens/s and model FLOPs utilisation of the paper's sizes, in bfloat16.
+"""Training throughput on one GPU, in bfloat16: tokens/s and model FLOPs utilisation, alone and side by side.
 
     python benchmarks/throughput.py                                        166M, 369M, and 1.1B computing twice
-    python benchmarks/throughput.py --size 369M --arm continuous-random --micro-batch 128 --steps 30
+    python benchmarks/throughput.py --size 369M --arm continuous-random --micro-batch 128 --steps 30 --compile
+    python benchmarks/throughput.py --sweep icons --size 5.8M --micro-batch 256 --side-by-side 4 --compile
 
+A step is all that a run computes (draws, forward, backward, clipping, AdamW, average) but Lightning's own bookkeeping.
 MFU counts what the model's formulas count (3 x forward; computing activations again is not counted) over the device's
-dense bfloat16 peak. Needs a CUDA device: exit code 2 without one.
+dense bfloat16 peak. Side by side, rates are of all processes together. Exit code 2 without a CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import multiprocessing
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 
 import torch
 from paper_step import random_batch
@@ -21,9 +25,10 @@ from paper_step import random_batch
 from fluidscale.flops import flops_per_image
 from fluidscale.model.build import build
 from fluidscale.model.transformer import Text
-from fluidscale.spec import ARMS
+from fluidscale.spec import ARMS, InvalidInput, RunSpec
 from fluidscale.sweep import load_sweep
 from fluidscale.train.batches import draw_step, visited
+from fluidscale.train.compiled import compile_blocks
 from fluidscale.train.optim import adamw
 from fluidscale.train.sharding import recompute
 
@@ -33,23 +38,33 @@ SIZES = {"166M": False, "369M": False, "1.1B": True}  # whether activations are 
 WARM_UP = 5
 
 
-def measure(size: str, arm: str, micro_batch: int, steps: int, again: bool, peak: float) -> str:
-    """One row of the table: the median step of `steps`, after a warm-up."""
-    run = load_sweep("fluid", [size], [arm]).runs[0]
-    run = replace(run, train=replace(run.train, batch=micro_batch))
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    run: RunSpec
+    again: bool
+    compiled: bool
+    processes: int
+    steps: int
+
+
+def stepper(case: Case) -> Callable[[int], None]:
+    """Makes a model on the GPU, and what makes one step of its training."""
+    run = case.run
     with torch.device("cuda"):
         model = build(run.model)
-    if again:
+    if case.compiled:
+        compile_blocks(model)
+    if case.again:
         recompute(model)
     optimizer = adamw(model, run.train)
     shadow = [p.detach().clone() for p in model.parameters()]
-    stored, text = random_batch(run, micro_batch)
+    stored, text = random_batch(run, run.train.batch)
     stored, text = stored.cuda(), text.to(torch.device("cuda"))
-    seconds = []
-    for step in range(WARM_UP + steps):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        draws = draw_step(model, run, step)
+
+    def step(number: int) -> None:
+        draws = draw_step(model, run, number)
         with torch.autocast("cuda", torch.bfloat16):
             tokens = visited(stored, draws.posterior)
             losses, counted = model.losses_under(
@@ -61,22 +76,66 @@ def measure(size: str, arm: str, micro_batch: int, steps: int, again: bool, peak
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch._foreach_lerp_(shadow, [p.detach() for p in model.parameters()], 1 - run.train.ema_decay)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    median = statistics.median(seconds[WARM_UP:])
-    mfu = 3 * flops_per_image(run.model, micro_batch)["total"] * micro_batch / median / (peak * 1e12)
-    memory = torch.cuda.max_memory_allocated() / 1e9
-    cells = (arm, size, micro_batch, "yes" if again else "no", f"{1e3 * median:.1f}",
-             f"{micro_batch * run.model.num_tokens / median:,.0f}", f"{mfu:.1%}", f"{memory:.1f}")  # fmt: skip
+
+    return step
+
+
+def one(case: Case, start_together: Callable[[], object]) -> tuple[float, float, float]:
+    """Seconds of the first steps, seconds a step after them, and GB."""
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    step = stepper(case)
+    for number in range(WARM_UP):
+        step(number)
+    torch.cuda.synchronize()
+    first = time.perf_counter() - started
+    start_together()
+    started = time.perf_counter()
+    for number in range(WARM_UP, WARM_UP + case.steps):
+        step(number)
+    torch.cuda.synchronize()
+    return first, (time.perf_counter() - started) / case.steps, torch.cuda.max_memory_allocated() / 1e9
+
+
+_TOGETHER: list[Callable[[], object]] = []
+
+
+def _meet(start_together: Callable[[], object]) -> None:
+    _TOGETHER.append(start_together)
+
+
+def _one_of_many(case: Case) -> tuple[float, float, float]:
+    return one(case, _TOGETHER[0])
+
+
+def measure(case: Case, peak: float) -> str:
+    """One row of the table, in processes of its own: each starts when all have warmed up."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(case.processes)
+    with ProcessPoolExecutor(case.processes, context, initializer=_meet, initargs=(barrier.wait,)) as pool:
+        answers = list(pool.map(_one_of_many, [case] * case.processes))
+    first, seconds, memory = (max(column) for column in zip(*answers, strict=True))
+    run, rate = case.run, case.processes / seconds
+    mfu = 3 * flops_per_image(run.model, run.train.batch)["total"] * run.train.batch * rate / (peak * 1e12)
+    cells = (run.arm, run.size, run.train.batch, case.processes, _word(case.again), _word(case.compiled),
+             f"{first:.0f}", f"{1e3 / rate:.1f}", f"{run.train.batch * run.model.num_tokens * rate:,.0f}", f"{mfu:.1%}",
+             f"{memory:.1f}")  # fmt: skip
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _word(flag: bool) -> str:
+    return "yes" if flag else "no"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), help="default: all")
-    parser.add_argument("--arm", choices=ARMS, help="default: the continuous and the discrete arm in random order")
+    parser.add_argument("--sweep", default="fluid", help="whose models to train (default: fluid)")
+    parser.add_argument("--size", nargs="+", help=f"default: {' '.join(SIZES)}")
+    parser.add_argument("--arm", nargs="+", choices=ARMS, help="default: the two in random order")
     parser.add_argument("--micro-batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks (placement key `compile`)")
+    parser.add_argument("--side-by-side", type=int, nargs="+", default=[1], help="processes that share the GPU")
     parser.add_argument("--peak-tflops", type=float, help="of the device, dense bfloat16; default: by its name")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -88,13 +147,20 @@ def main() -> int:
         print(f"{name}: its peak is not known here; give --peak-tflops", file=sys.stderr)
         return 2
     print(f"{name}, {peak:g} TFLOP/s, torch {torch.__version__}\n")
-    columns = ("arm", "size", "samples at once", "computed again", "step, ms", "tokens/s", "MFU", "GB")
+    columns = ("arm", "size", "samples at once", "processes", "computed again", "compiled", "first steps, s",
+               "step, ms", "tokens/s", "MFU", "GB each")  # fmt: skip
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for size in [arguments.size] if arguments.size else SIZES:
-        for arm in [arguments.arm] if arguments.arm else ("continuous-random", "discrete-random"):
-            torch.cuda.reset_peak_memory_stats()
-            row = measure(size, arm, arguments.micro_batch, arguments.steps, SIZES[size], peak)
-            print(row, flush=True)
+    for size in arguments.size or SIZES:
+        for arm in arguments.arm or ("continuous-random", "discrete-random"):
+            try:
+                run = load_sweep(arguments.sweep, [size], [arm]).runs[0]
+            except InvalidInput as error:
+                print(error, file=sys.stderr)
+                return 2
+            run = replace(run, train=replace(run.train, batch=arguments.micro_batch))
+            for processes in arguments.side_by_side:
+                case = Case(run, SIZES.get(size, False), arguments.compile, processes, arguments.steps)
+                print(measure(case, peak), flush=True)
     return 0
 
 

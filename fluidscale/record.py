@@ -42,6 +42,7 @@ class Placement:
     nodes: AtLeastOne = 1
     micro_batch: Count = 0  # samples that a process computes at once, a divisor of its share of the batch; 0: all of it
     recompute: bool = False  # activations are computed again in the backward pass instead of being kept
+    compile: bool = False  # blocks are compiled before they are trained: equal to rounding only
     threads: AtLeastOne = 1  # CPU threads of each process
     precision: Precision = "32-true"
     checkpoint_minutes: Amount = 5.0

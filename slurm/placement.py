@@ -55,6 +55,7 @@ class Profile:
     devices: AtLeastOne = 1
     micro_batch: Count = 0
     recompute: bool = False
+    compile: bool = False
     partition: str = ""
     account: str = ""
     qos: str = ""
@@ -85,14 +86,16 @@ class Profile:
     @property
     def placed(self) -> dict[str, Any]:
         """The part of a run's `Placement` that is the profile's, whatever the run."""
-        keys = ("device", "strategy", "devices", "nodes", "micro_batch", "recompute", "threads", "precision")
+        keys = ("device", "strategy", "devices", "nodes", "micro_batch", "recompute", "compile", "threads", "precision")
         named = {key: getattr(self, key) for key in (*keys, "checkpoint_minutes")}
         return {**named, "peak_flops": self.peak_tflops * 1e12}
 
     @property
     def environment(self) -> dict[str, str]:
         """What a process that computes must find before its first import."""
-        return {"OMP_NUM_THREADS": str(self.threads), **KEEP_FREED_MEMORY}
+        # Compiling, too, each worker has its own cores alone; torch would start a process a core for each of them.
+        threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")}
+        return {**threads, **KEEP_FREED_MEMORY}
 
     @property
     def evaluating(self) -> Profile | None:

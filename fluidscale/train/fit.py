@@ -54,7 +54,7 @@ def fit(
     path, start = ranks.agree(_resume(spec, folder, placement, trunk, branches) if ranks.leads else (None, 0))
     log.info("training from step %d of %d%s", start, spec.train.steps, f" ({path})" if path else "")
     share = share_of(spec.train.batch, placement, ranks.rank)
-    module = FluidModule(spec, *_model(spec, placement, fresh=path is None), share, placement.recompute)
+    module = FluidModule(spec, *_model(spec, placement, fresh=path is None), share, placement)
     ema, monitor = EMA(spec.train.ema_decay), Monitor(spec, folder, ranks)
     trainer = pl.Trainer(
         **trainer_options(placement),

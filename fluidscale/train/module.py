@@ -11,8 +11,10 @@ from torch.distributed.tensor import DTensor
 from fluidscale.model.build import FluidModel
 from fluidscale.model.deferred import Fill, draw_values
 from fluidscale.model.transformer import Text
+from fluidscale.record import Placement
 from fluidscale.spec import RunSpec
 from fluidscale.train.batches import Batch, Share, StepDraws, draw_step, visited
+from fluidscale.train.compiled import compile_blocks
 from fluidscale.train.optim import adamw, set_lr
 from fluidscale.train.sharding import recompute, shard
 
@@ -29,18 +31,20 @@ class FluidModule(pl.LightningModule):
     """
 
     def __init__(
-        self, spec: RunSpec, model: FluidModel, fills: list[Fill], share: Share, recomputed: bool = False
+        self, spec: RunSpec, model: FluidModel, fills: list[Fill], share: Share, placement: Placement
     ) -> None:
         """`fills`: the values of a model that comes without any, to be drawn where its parts have come to lie."""
         super().__init__()
         self.spec, self.model, self._fills = spec, model, fills
-        self._share, self._recomputed = share, recomputed
+        self._share, self._placement = share, placement
         self.grad_norm = torch.zeros(())  # of the last step, before clipping
         self._draws: tuple[int, StepDraws] | None = None
         self._loss: torch.Tensor | float = 0.0
 
     def configure_model(self) -> None:
-        if self._recomputed:
+        if self._placement.compile:
+            compile_blocks(self.model)
+        if self._placement.recompute:
             recompute(self.model)
         if self.device_mesh is not None:
             half = str(self.trainer.precision).startswith("bf16")
