@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-ON_GPU = ("icons_short",)
+ON_GPU = ("icons_short", "icons_ladder")
 
 
 def main() -> int:
