@@ -110,7 +110,7 @@ def submit(plan: Plan, queue: Queue, conclusion: Sequence[str]) -> list[str]:
     runs_dir = Path(queue.runs_dir)
     with scheduler.submitting(runs_dir):
         scheduler.adopt(runs_dir)
-        there = scheduler.live(runs_dir)
+        there = scheduler.settled(runs_dir, {*queue.trunks, shlex.join(conclusion)})
         new: list[tuple[Array, str]] = []
         for array in arrays(plan, queue, there):
             new.append((array, _submit(queue, _after(queue, array, new, there))))

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -153,6 +153,18 @@ def live(runs_dir: Path) -> dict[Work, Task]:
             if work not in found or found[work].state != "RUNNING":
                 found[work] = task
     return found
+
+
+def settled(runs_dir: Path, trunks: Collection[str]) -> dict[Work, Task]:
+    """As `live`, when no task of these trunks is about to end: one that was cancelled will do nothing any more, and one
+    that goes back into the queue will.
+    """
+
+    def ending() -> set[str]:
+        return {trunk for (_, trunk, _), task in live(runs_dir).items() if task.state == "COMPLETING"}
+
+    _until(lambda: ending().isdisjoint(trunks))
+    return live(runs_dir)
 
 
 def awaited(tasks: Mapping[Work, Task]) -> dict[Work, Task]:

@@ -312,6 +312,13 @@ def test_what_a_dead_launch_left_is_adopted_where_it_can_begin_and_else_cancelle
     assert [line.partition("|")[0] for line in queue_lines] == ["7_0", "7_1", "9"]
 
 
+def test_a_task_that_is_about_to_end_is_waited_for_where_it_matters(tmp_path, queue_lines, monkeypatch):
+    comment = scheduler.announce(tmp_path, "s", "whole", (("mine",), ("other",)), {"mine": ["run"]})
+    queue_lines += [f"7_0|COMPLETING|None|{comment}", f"7_1|COMPLETING|None|{comment}"]
+    monkeypatch.setattr(scheduler.time, "sleep", lambda _: queue_lines.pop(0))
+    assert scheduler.settled(tmp_path, {"mine"}).keys() == {("whole", "other", "")}
+
+
 def test_the_last_job_reads_the_sweep_as_the_launch_did(tmp_path, monkeypatch, capsys):
     write_sweep(tmp_path)
     path = tmp_path / "relative.yaml"

@@ -1,12 +1,16 @@
+import dataclasses
 import errno
 import threading
 
 import numpy as np
 import pytest
+import torch
 
 from fluidscale.data import shards as module
 from fluidscale.data.shards import Shards, ensure
+from fluidscale.data.sources import WorldSource
 from fluidscale.spec import InvalidInput
+from fluidscale.world import World
 
 
 def encode(start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -82,3 +86,18 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
     ensure(tmp_path / "data", {"a": 1}, 8, encode)
     with pytest.raises(InvalidInput, match="other data"):
         ensure(tmp_path / "data", {"a": 2}, 8, encode)
+
+
+def test_a_worlds_codes_of_a_large_vocabulary_keep_their_numbers(tmp_path, tiny_spec):
+    spec = tiny_spec("discrete-raster")
+    spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, vocab_size=40_000))
+
+    class Last:
+        sha256 = "last"
+
+        def encode(self, images):
+            return torch.full((len(images), 16), 39_999)
+
+    rows = WorldSource(spec, World(spec.data.world), Last(), tmp_path).training()
+    codes, _ = rows.gather(np.arange(4), np.zeros(4, np.int64))
+    assert (codes.long() == 39_999).all()

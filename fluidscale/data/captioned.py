@@ -37,6 +37,11 @@ _KINDS, _OTHER_FILES = 5, 512
 STORED = {"bfloat16": np.uint16, "float32": np.float32}
 
 
+def code_type(vocab_size: int) -> type:
+    """What codes of this vocabulary are kept as."""
+    return np.int16 if vocab_size <= 2**15 else np.int32
+
+
 def store_array(path: Path, array: np.ndarray) -> dict[str, Any]:
     """Writes a .npy file atomically and returns what the manifest keeps of it."""
     content = io.BytesIO()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from fluidscale.data.captioned import STORED, file_facts, ragged, store_array, write_manifest
+from fluidscale.data.captioned import STORED, code_type, file_facts, ragged, store_array, write_manifest
 from fluidscale.data.datasets import Dataset, Item
 from fluidscale.data.pictures import RULE, square
 from fluidscale.data.shards import locked
@@ -112,7 +112,7 @@ def _encode_part(folder: Path, name: str, items: Iterator[Item], encoder: Encode
     rejected: list[dict[str, str]] = []
     tokens: list[np.ndarray] = []
     rows: list[dict[str, Any]] = []
-    kept = np.float16 if encoder.tokenizer.kind == "continuous" else _code_type(encoder.tokenizer.vocab_size)
+    kept = np.float16 if encoder.tokenizer.kind == "continuous" else code_type(encoder.tokenizer.vocab_size)
     for window in read(items, encoder.tokenizer.resolution, rejected, progress):
         encoded = encoder.tokenizer.encode(np.stack([row.pixels for row in window]))
         tokens.append(encoded.cpu().numpy().astype(kept))
@@ -156,10 +156,6 @@ def read(
             if rows := [answer for answer in answers if isinstance(answer, Row)]:
                 yield rows
             progress(len(window))
-
-
-def _code_type(vocab_size: int) -> type:
-    return np.int16 if vocab_size <= 2**15 else np.int32
 
 
 def _store_features(path: Path, ids: Sequence[np.ndarray], text: TextEncoder) -> None:

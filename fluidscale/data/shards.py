@@ -1,8 +1,8 @@
 """Encoded images and captions as memory-mapped shards with a manifest that says what they are.
 
 A folder holds `tokens-00000.npy`, `text-00000.npy`, .. and manifest.json, written last: {"recipe", "recipe_sha256",
-"rows", "shards": [{"rows", "tokens_sha256", "text_sha256"}]}. Tokens are int16 codes (rows, L) or float16 moments
-(rows, L, 2C); text is int64 word ids (rows, T).
+"rows", "shards": [{"rows", "tokens_sha256", "text_sha256"}]}. Tokens are int16 or int32 codes (rows, L) or float16
+moments (rows, L, 2C); text is int64 word ids (rows, T).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluidscale.data.captioned import CaptionedShards, read_manifest
+from fluidscale.data.captioned import CaptionedShards, code_type, read_manifest
 from fluidscale.data.shards import Shards, ensure
 from fluidscale.inputs import check_validation_images
 from fluidscale.kept import Kept
@@ -97,7 +97,7 @@ class WorldSource:
         spec, world, tokenizer = self.spec, self.world, self.tokenizer
         recipe = {"world": canonical(spec.data.world), "tokenizer": tokenizer.sha256, "split": "train"}
         name = f"{spec.data.name}-{spec.model.token_kind}-{digest([recipe, spec.data.images_unique])[:10]}"
-        kept = np.float16 if spec.model.token_kind == "continuous" else np.int16
+        kept = np.float16 if spec.model.token_kind == "continuous" else code_type(spec.model.vocab_size)
 
         def encode(start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
             parts = [(first, min(_DRAWN, start + count - first)) for first in range(start, start + count, _DRAWN)]

@@ -200,6 +200,22 @@ def test_what_is_cancelled_before_it_starts_is_known_at_once(waiting):
     assert {row["state"] for row in waiting.states().values()} == {"stopped"}
 
 
+def test_after_scancel_the_same_command_at_once_submits_what_was_cancelled(waiting):
+    waiting.sweep.write_text(
+        SWEEP.replace("[480, 960, 19200]", "[19200]").replace("arms: all", "arms: [discrete-raster]")
+    )
+    waiting.slurm.ask("scontrol", "update", "PartitionName=high", "State=UP")
+    waiting("submit")
+    (run_id,) = waiting.states()
+    eventually(lambda: training_starts(waiting.runs / run_id), "the run is being trained")
+    waiting.slurm.ask("scancel", *waiting.trunks())
+    # It ends after its step, with a checkpoint: until then SLURM has it in the queue.
+    said = waiting("submit")
+    assert "submitted 2 tasks" in said, said
+    assert waiting.states()[run_id]["state"] in ("queued", "running")
+    waiting("cancel")
+
+
 def test_a_launch_of_another_size_leaves_the_last_job_of_the_first_alone(waiting):
     def last_jobs() -> list[str]:
         return waiting.slurm.ask("squeue", "-h", "--name=few-conclude", "-o", "%i").split()
