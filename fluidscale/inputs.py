@@ -71,7 +71,8 @@ def read_inputs(content: dict[str, Any], where: str) -> Inputs:
 
     - `data.world`: an embedded world; the tokenizer is a shipped one, or the path of its .safetensors.
     - `data.shards`: a folder of `fluidscale.encode`, whose manifest names tokenizer and text encoder; the sections
-      `tokenizer` and `text_encoder` say in which folders these are.
+      `tokenizer` and `text_encoder` say in which folders these are. `data.val_shards`: another such folder, of the
+      same two, whose images set aside for validation take the place of its own.
     - neither, or a tokenizer of {kind, grid, channels, vocab_size}: planned only. With a `name` in it too, the network
       of that name takes its place once it is trained.
 
@@ -102,24 +103,55 @@ def _planned(tokenizer: dict[str, Any], where: str) -> dict[str, Any]:
     return card
 
 
-def _encoded(data: dict[str, Any], tokenizer: Any, encoder: str, where: str) -> Inputs:
-    folder = Path(str(data.pop("shards"))).absolute()
+@dataclass(frozen=True)
+class _Shards:
+    """What a folder of `fluidscale.encode` holds."""
+
+    folder: Path
+    sha256: str  # of its manifest
+    card: dict[str, Any]
+    text: dict[str, Any]  # of the model, as in Inputs
+    text_encoder: str
+    alike: dict[str, Any]  # what must be the same where a model trained on one folder is validated on another
+    train: int
+    val: int
+
+
+def _shards(name: Any, where: str) -> _Shards:
+    """Raises InvalidInput where there are none."""
+    folder = Path(str(name)).absolute()
     path = folder / "manifest.json"
     manifest = read_json(path)
     if manifest is None:
-        raise InvalidInput(f"{where}: data.shards: no {path}; make it with python -m fluidscale.encode")
+        raise InvalidInput(f"{where}: no {path}; make it with python -m fluidscale.encode")
     try:
-        card, text, images = manifest["tokenizer"], manifest["text"], manifest["splits"]["train"]
+        card, text, splits = manifest["tokenizer"], manifest["text"], manifest["splits"]
         model = {"text_vocab_size": 0, "text_width": text["width"], "text_length": text["length"]}
+        alike = {"tokenizer": card["sha256"], "text encoder": text["sha256"], "text length": text["length"]}
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        data = {"name": folder.name, **data, "images_unique": images, "manifest_sha256": sha256}
-        assets = {sha256: str(folder)}
-        for name, known, given in (("tokenizer", card, tokenizer), ("text_encoder", text, encoder)):
-            if given:
-                assets[known["sha256"]] = str(there(Path(str(given)), f"{where}: {name}"))
-        return Inputs(card, data, model, text["encoder"], text["sha256"], assets, manifest["splits"]["val"])
+        return _Shards(folder, sha256, card, model, text["encoder"], alike, splits["train"], splits["val"])
     except (KeyError, TypeError) as error:
         raise InvalidInput(f"{path}: not a manifest of fluidscale.encode ({error!r} is missing)") from error
+
+
+def _encoded(data: dict[str, Any], tokenizer: Any, encoder: str, where: str) -> Inputs:
+    shards = _shards(data.pop("shards"), f"{where}: data.shards")
+    data = {"name": shards.folder.name, **data, "images_unique": shards.train, "manifest_sha256": shards.sha256}
+    assets, aside = {shards.sha256: str(shards.folder)}, shards.val
+    if "val_shards" in data:
+        others = _shards(data.pop("val_shards"), f"{where}: data.val_shards")
+        for what, wanted in shards.alike.items():
+            if others.alike[what] != wanted:
+                message = f"its {what} is {others.alike[what]}, that of data.shards {wanted}; encode both alike"
+                raise InvalidInput(f"{where}: data.val_shards: {others.folder}: {message}")
+        data["val_manifest_sha256"], aside = others.sha256, others.val
+        assets[others.sha256] = str(others.folder)
+    for name, given in (("tokenizer", tokenizer), ("text_encoder", encoder)):
+        if given:
+            known = shards.alike[name.replace("_", " ")]
+            assets[known] = str(there(Path(str(given)), f"{where}: {name}"))
+    encoder_sha256 = shards.alike["text encoder"]
+    return Inputs(shards.card, data, shards.text, shards.text_encoder, encoder_sha256, assets, aside)
 
 
 def there(path: Path, where: str) -> Path:

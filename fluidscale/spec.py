@@ -50,6 +50,7 @@ ARMS = tuple(f"{kind}-{order}" for kind in TOKEN_KINDS for order in ORDERS)
 # Fields added after the first release: absent from the canonical form while they hold their default.
 _ADDED_LATER: dict[str, set[str]] = {
     "RunSpec": {"text_encoder_sha256"},
+    "DataSpec": {"val_manifest_sha256"},
     "ModelSpec": {"encoder_depth", "buffer_tokens", "text_init_std"},
     "TrainSpec": {"decay_shape", "decay_head", "lr_vectors"},
     "SamplingSpec": {"final_denoising_steps"},
@@ -124,12 +125,14 @@ class WorldSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """The training images: an embedded world, or shards named by the hash of their manifest."""
+    """The images: an embedded world, or shards named by the hash of their manifest; those of validation may be others'.
+    """
 
     name: str
     images_unique: AtLeastOne
     world: WorldSpec | None = None
     manifest_sha256: str | None = None
+    val_manifest_sha256: str | None = None  # whose validation images are used; None: those of `manifest_sha256`
 
 
 @dataclass(frozen=True)

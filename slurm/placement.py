@@ -181,7 +181,8 @@ def place(spec: RunSpec, profile: Profile, branch_steps: tuple[int, ...], assets
             f"{where}: a batch of {spec.train.batch} is not micro_batch {profile.micro_batch} x {processes} devices x "
             "a whole number of accumulated steps; change micro_batch, devices or nodes"
         )
-    named = (spec.data.manifest_sha256, spec.tokenizer_sha256, spec.text_encoder_sha256, *judge_assets(spec))
+    data, networks = spec.data, (spec.tokenizer_sha256, spec.text_encoder_sha256)
+    named = (data.manifest_sha256, data.val_manifest_sha256, *networks, *judge_assets(spec))
     files = {key: assets[key] for key in named if key and key in assets}
     return Placement(**profile.placed, branch_steps=branch_steps, assets=files)
 

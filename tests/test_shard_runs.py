@@ -82,7 +82,7 @@ def test_live_features_train_the_same_model_as_cached_ones(stack, planned, tmp_p
 
 def test_features_of_another_encoder_are_noticed_at_the_start(stack, planned, tmp_path):
     spec, placement = planned("discrete-raster")
-    shards = open_source(spec, placement, tmp_path)._shards("train")
+    shards = open_source(spec, placement, tmp_path)._shards()
     check_features(shards, TextEncoder(stack / "t5", "bfloat16", 6))
     other = TextEncoder(stack / "t5", "bfloat16", 6)
     with torch.no_grad():
@@ -161,6 +161,29 @@ def test_a_sweep_names_its_shards_and_reads_the_rest_from_them(stack, planned, t
         (tmp_path / "bad.yaml").write_text(text.replace(before, after))
         with pytest.raises(InvalidInput, match=message):
             load_sweep(str(tmp_path / "bad.yaml"), arms=["continuous-raster"])
+
+
+def test_validation_images_may_be_those_of_other_shards(stack, planned, tmp_path, capsys):
+    assert encode.main(encoding(stack, "vq", "other-shards", "--val-images", "6")) == 0
+    text, own = (stack / "pictures.yaml").read_text(), f"data: {{shards: {stack / 'vq-shards'}"
+    assert own in text and "val_images: 4" in text
+    for name, others in (("other", "other-shards"), ("unlike", "vae-shards")):
+        named = text.replace(own, f"{own}, val_shards: {stack / others}").replace("val_images: 4", "val_images: 6")
+        (stack / f"{name}.yaml").write_text(named)
+    with pytest.raises(InvalidInput, match=r"its tokenizer is .*; encode both alike"):
+        planned("discrete-raster", "unlike")
+    spec, placement = planned("discrete-raster", "other")
+    plain, _ = planned("discrete-raster")
+    assert spec.id != plain.id and spec.data.images_unique == plain.data.images_unique == 16
+    record = run(spec, tmp_path / spec.id, placement)
+    assert record["val_loss_n"] == 6
+    assert spec.data.val_manifest_sha256 is not None
+    source = open_source(spec, placement, tmp_path)
+    tokens, _ = source.validation(0, 6)
+    shards = captioned.CaptionedShards(stack / "other-shards", "val", spec.data.val_manifest_sha256)
+    assert torch.equal(tokens, shards.tokens(np.arange(6)).long())
+    del placement.assets[spec.data.val_manifest_sha256]
+    assert "validation shards: the placement does not say where" in refused(spec, placement, tmp_path / "lost", capsys)
 
 
 def test_a_sweep_can_be_planned_before_anything_is_encoded(stack, tmp_path):

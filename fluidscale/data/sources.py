@@ -150,9 +150,12 @@ class ShardSource:
     text_encoder: Callable[[], TextEncoder]
     encoder_placed: bool  # whether the text encoder is at hand at all: with cached features it need not be
     checked: Path  # empty files here say which cached features were found equal to live ones
+    set_aside: Callable[[], CaptionedShards]  # the validation images
 
     def training(self) -> Rows:
-        shards = self._shards("train")
+        # Opened first: what cannot be measured is not trained.
+        self.set_aside()
+        shards = self._shards()
         if shards.rows != self.spec.data.images_unique:
             wanted = self.spec.data.images_unique
             raise InvalidInput(f"{self.folder}: {shards.rows} training images, the run names {wanted}; plan again")
@@ -170,7 +173,7 @@ class ShardSource:
             write_atomic(passed, "")
 
     def validation(self, first: int, count: int) -> tuple[Tensor, Text]:
-        rows, chosen = self._rows(self._shards("val")), np.arange(first, first + count)
+        rows, chosen = self._rows(self.set_aside()), np.arange(first, first + count)
         tokens, text = rows.gather(chosen, np.zeros_like(chosen))
         return tokens.float() if tokens.is_floating_point() else tokens.long(), text
 
@@ -178,8 +181,8 @@ class ShardSource:
         encoder = self.text_encoder()
         return Text(*padded(encoder.features(encoder.ids(captions)), self.spec.model.text_length))
 
-    def _shards(self, split: str) -> CaptionedShards:
-        return CaptionedShards(self.folder, split, self.spec.data.manifest_sha256 or "")
+    def _shards(self) -> CaptionedShards:
+        return CaptionedShards(self.folder, "train", self.spec.data.manifest_sha256 or "")
 
     def _rows(self, shards: CaptionedShards) -> CaptionedRows:
         live = None if shards.manifest["text"]["features"] == "cached" else self.text_encoder()
@@ -274,10 +277,18 @@ def _open_shards(spec: RunSpec, placement: Placement, runs: Path, device: torch.
         _same(encoder.sha256, spec.text_encoder_sha256, f"{where}: this text encoder")
         return encoder
 
-    placed = spec.text_encoder_sha256 in placement.assets
-    return ShardSource(
-        spec, _tokenizer(spec, placement, device), folder, text_encoder, placed, runs / "cache" / f"text-{device}"
-    )
+    @functools.cache
+    def set_aside() -> CaptionedShards:
+        sha256, where = spec.data.val_manifest_sha256 or spec.data.manifest_sha256 or "", folder
+        if spec.data.val_manifest_sha256:
+            where = placement.asset(sha256, "validation shards")
+            check_manifest(spec, read_manifest(where, sha256), where)
+        shards = CaptionedShards(where, "val", sha256)
+        check_validation_images(spec, shards.rows, str(where))
+        return shards
+
+    placed, checked = spec.text_encoder_sha256 in placement.assets, runs / "cache" / f"text-{device}"
+    return ShardSource(spec, _tokenizer(spec, placement, device), folder, text_encoder, placed, checked, set_aside)
 
 
 def check_manifest(spec: RunSpec, manifest: dict[str, Any], folder: Path) -> None:
@@ -292,7 +303,6 @@ def check_manifest(spec: RunSpec, manifest: dict[str, Any], folder: Path) -> Non
         ("text vocabulary", 0, model.text_vocab_size),
     )
     _require(facts, f"{folder}:", "name these shards in the sweep anew")
-    check_validation_images(spec, manifest["splits"]["val"], str(folder))
 
 
 def _token_facts(spec: RunSpec, grid: int, channels: int, vocab_size: int) -> tuple[tuple[str, Any, Any], ...]:

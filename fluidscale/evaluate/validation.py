@@ -98,9 +98,11 @@ def generator(index: int, stream: int) -> torch.Generator:
 def validation_protocol(name: str, subject: Subject, images: int, **facts: Any) -> str:
     """How a number on the validation images is measured; `facts` are what one evaluator adds."""
     spec = subject.spec
+    encoded = spec.data.val_manifest_sha256 or spec.data.manifest_sha256
     return protocol_id(
         f"{name}-{spec.data.name}-n{images}",
         world=canonical(spec.data.world),
+        **({"images": encoded} if encoded else {}),
         tokenizer=spec.tokenizer_sha256,
         order=[spec.model.order, spec.model.mask_law],
         head=canonical(spec.model.head.objective) if spec.model.head else None,
