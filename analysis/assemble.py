@@ -76,7 +76,7 @@ def _candidates(points: Points, fits: Sequence[Fit]) -> list[Law]:
 
 
 def _held(chosen: Law, points: Points) -> Points:
-    """The points of which a held-out test may show a law the smaller sizes."""
+    """The points that a held-out test cuts at a size: what it shows the law, and what it asks it."""
     return points.within_ladder() if len(chosen.axes) == 1 else points
 
 

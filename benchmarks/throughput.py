@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing.synchronize import Barrier
 
 import torch
 from paper_step import random_batch
@@ -80,16 +82,21 @@ def stepper(case: Case) -> Callable[[int], None]:
     return step
 
 
-def one(case: Case, start_together: Callable[[], object]) -> tuple[float, float, float]:
+def one(case: Case, barrier: Barrier) -> tuple[float, float, float]:
     """Seconds of the first steps, seconds a step after them, and GB."""
     torch.set_num_threads(1)
     started = time.perf_counter()
-    step = stepper(case)
-    for number in range(WARM_UP):
-        step(number)
-    torch.cuda.synchronize()
+    try:
+        step = stepper(case)
+        for number in range(WARM_UP):
+            step(number)
+        torch.cuda.synchronize()
+    except BaseException:
+        # The others would wait for this one.
+        barrier.abort()
+        raise
     first = time.perf_counter() - started
-    start_together()
+    barrier.wait()
     started = time.perf_counter()
     for number in range(WARM_UP, WARM_UP + case.steps):
         step(number)
@@ -97,11 +104,11 @@ def one(case: Case, start_together: Callable[[], object]) -> tuple[float, float,
     return first, (time.perf_counter() - started) / case.steps, torch.cuda.max_memory_allocated() / 1e9
 
 
-_TOGETHER: list[Callable[[], object]] = []
+_TOGETHER: list[Barrier] = []
 
 
-def _meet(start_together: Callable[[], object]) -> None:
-    _TOGETHER.append(start_together)
+def _meet(barrier: Barrier) -> None:
+    _TOGETHER.append(barrier)
 
 
 def _one_of_many(case: Case) -> tuple[float, float, float]:
@@ -110,9 +117,11 @@ def _one_of_many(case: Case) -> tuple[float, float, float]:
 
 def measure(case: Case, peak: float) -> str:
     """One row of the table, in processes of its own: each starts when all have warmed up."""
+    # As the launcher's workers compile: each in its own process.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(case.processes)
-    with ProcessPoolExecutor(case.processes, context, initializer=_meet, initargs=(barrier.wait,)) as pool:
+    with ProcessPoolExecutor(case.processes, context, initializer=_meet, initargs=(barrier,)) as pool:
         answers = list(pool.map(_one_of_many, [case] * case.processes))
     first, seconds, memory = (max(column) for column in zip(*answers, strict=True))
     run, rate = case.run, case.processes / seconds

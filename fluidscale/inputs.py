@@ -82,6 +82,8 @@ def read_inputs(content: dict[str, Any], where: str) -> Inputs:
     encoder = str(content.get("text_encoder") or "")
     if "shards" in data:
         return _encoded(data, tokenizer, encoder, where)
+    if data.pop("val_shards", None) is not None:
+        raise InvalidInput(f"{where}: data.val_shards: only beside data.shards, whose validation images it replaces")
     if isinstance(tokenizer, dict):
         return Inputs(_planned(tokenizer, where), data, text_encoder=encoder)
     card = read_card(str(tokenizer), where)
@@ -128,6 +130,7 @@ def _shards(name: Any, where: str) -> _Shards:
         card, text, splits = manifest["tokenizer"], manifest["text"], manifest["splits"]
         model = {"text_vocab_size": 0, "text_width": text["width"], "text_length": text["length"]}
         alike = {"tokenizer": card["sha256"], "text encoder": text["sha256"], "text length": text["length"]}
+        alike["text dtype"] = text["dtype"]
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         return _Shards(folder, sha256, card, model, text["encoder"], alike, splits["train"], splits["val"])
     except (KeyError, TypeError) as error:
@@ -138,8 +141,8 @@ def _encoded(data: dict[str, Any], tokenizer: Any, encoder: str, where: str) -> 
     shards = _shards(data.pop("shards"), f"{where}: data.shards")
     data = {"name": shards.folder.name, **data, "images_unique": shards.train, "manifest_sha256": shards.sha256}
     assets, aside = {shards.sha256: str(shards.folder)}, shards.val
-    if "val_shards" in data:
-        others = _shards(data.pop("val_shards"), f"{where}: data.val_shards")
+    if (name := data.pop("val_shards", None)) is not None:
+        others = _shards(name, f"{where}: data.val_shards")
         for what, wanted in shards.alike.items():
             if others.alike[what] != wanted:
                 message = f"its {what} is {others.alike[what]}, that of data.shards {wanted}; encode both alike"

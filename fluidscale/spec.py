@@ -125,8 +125,8 @@ class WorldSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """The images: an embedded world, or shards named by the hash of their manifest; those of validation may be others'.
-    """
+    """The images: an embedded world, or shards named by the hash of their manifest, with or without other shards whose
+    images validate."""
 
     name: str
     images_unique: AtLeastOne
@@ -224,6 +224,7 @@ class RunSpec:
         """Names the constant-rate trajectory: runs that differ only in length or evaluation share it."""
         content = canonical(self)
         del content["evaluate"], content["train"]["steps"], content["train"]["decay_steps"]
+        content["data"].pop("val_manifest_sha256", None)
         return f"trunk-{self.arm}-{self.size}-{_sha(content)[:10]}"
 
 

@@ -27,7 +27,7 @@ from slurm.job import EVALUATE, TRAIN, WHOLE, is_over
 from slurm.status import OVER, RunState, read_state
 
 # Another launch may be submitting: a thousand tasks take it some seconds.
-_LOCK_SECONDS = 120.0
+_LOCK_SECONDS = 300.0
 # A client of a busy controller waits this long by itself.
 _ANSWER_SECONDS = 60.0
 # From scancel to the last process of a job (slurm.conf, KillWait) and its epilogue.
@@ -156,14 +156,19 @@ def live(runs_dir: Path) -> dict[Work, Task]:
 
 
 def settled(runs_dir: Path, trunks: Collection[str]) -> dict[Work, Task]:
-    """As `live`, when no task of these trunks is about to end: one that was cancelled will do nothing any more, and one
-    that goes back into the queue will.
+    """As `live`, once no task of these trunks is about to end: of a cancelled one nothing more will come, and a requeued
+    one will be back.
+
+    Raises InvalidInput when one does not end.
     """
 
     def ending() -> set[str]:
-        return {trunk for (_, trunk, _), task in live(runs_dir).items() if task.state == "COMPLETING"}
+        return {task.job_id for (_, trunk, _), task in live(runs_dir).items()
+                if task.state == "COMPLETING" and trunk in trunks}  # fmt: skip
 
-    _until(lambda: ending().isdisjoint(trunks))
+    _until(lambda: not ending())
+    if left := ending():
+        raise InvalidInput(f"SLURM has been ending {', '.join(sorted(left))} for {_END_SECONDS:.0f} s; try again later")
     return live(runs_dir)
 
 
@@ -264,7 +269,7 @@ def _until(over: Callable[[], bool]) -> None:
     """Waits for the end of tasks, not longer than SLURM may take to end one."""
     deadline = time.monotonic() + _END_SECONDS
     while not over() and time.monotonic() < deadline:
-        time.sleep(0.5)
+        time.sleep(1)
 
 
 def scancel(job_ids: Sequence[str]) -> None:

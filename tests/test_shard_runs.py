@@ -174,7 +174,10 @@ def test_validation_images_may_be_those_of_other_shards(stack, planned, tmp_path
         planned("discrete-raster", "unlike")
     spec, placement = planned("discrete-raster", "other")
     plain, _ = planned("discrete-raster")
-    assert spec.id != plain.id and spec.data.images_unique == plain.data.images_unique == 16
+    assert spec.id != plain.id and spec.trunk_id == plain.trunk_id and spec.data.images_unique == 16
+    (tmp_path / "alone.yaml").write_text(text.replace(own, f"data: {{val_shards: {stack / 'other-shards'}"))
+    with pytest.raises(InvalidInput, match=r"data\.val_shards: only beside data\.shards"):
+        load_sweep(str(tmp_path / "alone.yaml"), arms=["discrete-raster"])
     record = run(spec, tmp_path / spec.id, placement)
     assert record["val_loss_n"] == 6
     assert spec.data.val_manifest_sha256 is not None

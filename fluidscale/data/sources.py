@@ -96,8 +96,11 @@ class WorldSource:
     def _shards(self) -> Shards:
         spec, world, tokenizer = self.spec, self.world, self.tokenizer
         recipe = {"world": canonical(spec.data.world), "tokenizer": tokenizer.sha256, "split": "train"}
-        name = f"{spec.data.name}-{spec.model.token_kind}-{digest([recipe, spec.data.images_unique])[:10]}"
         kept = np.float16 if spec.model.token_kind == "continuous" else code_type(spec.model.vocab_size)
+        if kept == np.int32:
+            # A folder of its own: older ones hold such codes wrapped in 16 bits.
+            recipe["codes"] = "int32"
+        name = f"{spec.data.name}-{spec.model.token_kind}-{digest([recipe, spec.data.images_unique])[:10]}"
 
         def encode(start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
             parts = [(first, min(_DRAWN, start + count - first)) for first in range(start, start + count, _DRAWN)]
@@ -153,19 +156,24 @@ class ShardSource:
     set_aside: Callable[[], CaptionedShards]  # the validation images
 
     def training(self) -> Rows:
-        # Opened first: what cannot be measured is not trained.
-        self.set_aside()
+        data = self.spec.data
+        if self.spec.evaluate.val_images:
+            # First: what cannot be measured is not trained.
+            aside = self.set_aside()
+            if data.val_manifest_sha256:
+                self._check_features(aside, data.val_manifest_sha256)
         shards = self._shards()
-        if shards.rows != self.spec.data.images_unique:
-            wanted = self.spec.data.images_unique
+        if shards.rows != data.images_unique:
+            wanted = data.images_unique
             raise InvalidInput(f"{self.folder}: {shards.rows} training images, the run names {wanted}; plan again")
-        if shards.manifest["text"]["features"] == "cached":
-            self._check_features(shards)
+        self._check_features(shards, str(data.manifest_sha256))
         return self._rows(shards)
 
-    def _check_features(self, shards: CaptionedShards) -> None:
+    def _check_features(self, shards: CaptionedShards, sha256: str) -> None:
         """Once for all runs of a folder on one kind of device: the encoder is larger than most models."""
-        passed = self.checked / str(self.spec.data.manifest_sha256)
+        passed = self.checked / sha256
+        if shards.manifest["text"]["features"] != "cached":
+            return
         if not self.encoder_placed:
             log.info("cached text features are not compared with live ones: the text encoder is not at hand")
         elif not passed.exists():

@@ -22,8 +22,8 @@ def compile_blocks(model: FluidModel) -> None:
 
     Losses and gradients agree with the model's own to rounding, not to the last digit.
     """
-    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        log.warning("no C compiler (gcc or clang): training goes on without compiling")
+    if not any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
+        log.warning("no C compiler (CC, gcc or clang): training goes on without compiling")
         return
     # Tables kept by functools.cache are traced anew, which is all this warning says.
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")

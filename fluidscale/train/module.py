@@ -30,9 +30,7 @@ class FluidModule(pl.LightningModule):
     own tokens' share, scaled by how often Lightning will divide: by the processes, and by the parts of each.
     """
 
-    def __init__(
-        self, spec: RunSpec, model: FluidModel, fills: list[Fill], share: Share, placement: Placement
-    ) -> None:
+    def __init__(self, spec: RunSpec, model: FluidModel, fills: list[Fill], share: Share, placement: Placement) -> None:
         """`fills`: the values of a model that comes without any, to be drawn where its parts have come to lie."""
         super().__init__()
         self.spec, self.model, self._fills = spec, model, fills
