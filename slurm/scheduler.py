@@ -156,8 +156,8 @@ def live(runs_dir: Path) -> dict[Work, Task]:
 
 
 def settled(runs_dir: Path, trunks: Collection[str]) -> dict[Work, Task]:
-    """As `live`, once no task of these trunks is about to end: of a cancelled one nothing more will come, and a requeued
-    one will be back.
+    """As `live`, once no task of these trunks is about to end: a cancelled one does nothing more, a requeued one
+    will be back in the queue.
 
     Raises InvalidInput when one does not end.
     """
