@@ -31,6 +31,11 @@ _JUDGE_FLOPS = {"geneval": 4.4e11, "fid": 1.1e10, "fd": 1.6e11, "clip_score": 1.
 # of the tokens; the two stepwise likelihoods, 16 steps each of at most 256 images.
 _VIEWS = {"raster": 2, "random": 8}
 _STEPWISE_VIEWS, _STEPWISE_IMAGES = 32, 256
+# Images of one such pass, and what it costs of a training step beside its arithmetic: forward without backward.
+_PASS_IMAGES, _PASS_SHARE = 64, 1 / 3
+# A block of the denoising head as a share of one of the trunk, beside its arithmetic; fitted to the steps of
+# results/local/runs.csv (`python benchmarks/prices.py`).
+_HEAD_BLOCK = 1 / 8
 # What TF32 and float32 take of a GPU's time, as multiples of bf16's: NVIDIA's data sheets of A100 (312, 156 and 19.5
 # TFLOP/s, dense) and H100 SXM (989, 495 and 67).
 _SLOWER = (2.0, 15.0)
@@ -92,7 +97,7 @@ def cost(spec: RunSpec, first_step: int, profile: Profile) -> Cost:
     # Backward costs twice the forward; computing activations again is another forward.
     arithmetic = (4 if profile.recompute else 3) * per_image["total"] * spec.train.batch / profile.processes / rate
     parts = spec.train.batch / profile.processes / samples_at_once(spec, profile)
-    step_seconds = arithmetic + parts * spec.model.depth * profile.layer_seconds
+    step_seconds = arithmetic + parts * _blocks(spec) * profile.layer_seconds
     evaluating = profile.evaluating or profile
     return Cost(
         train_seconds=steps * step_seconds,
@@ -106,6 +111,12 @@ def cost(spec: RunSpec, first_step: int, profile: Profile) -> Cost:
     )
 
 
+def _blocks(spec: RunSpec) -> float:
+    """What a pass through the model costs beside its arithmetic, in blocks of the trunk."""
+    head = spec.model.head
+    return spec.model.depth + (_HEAD_BLOCK * head.num_blocks if head else 0)
+
+
 def samples_at_once(spec: RunSpec, profile: Profile) -> float:
     """Samples whose activations one device holds."""
     return profile.micro_batch or spec.train.batch / profile.processes
@@ -115,7 +126,8 @@ def _evaluate_seconds(spec: RunSpec, profile: Profile, processes: int) -> float:
     """Images are shared out, drawn in TF32, judged in float32; every process makes all validation passes in float32."""
     tf32, float32 = _SLOWER if "16" in profile.precision else (1.0, 1.0)
     shared = tf32 * _drawn_flops(spec) + float32 * _judged_flops(spec)
-    return (shared / processes + float32 * _passes_flops(spec)) / (profile.sustained_tflops * 1e12)
+    passes = _passes(spec) / _PASS_IMAGES * _PASS_SHARE * _blocks(spec) * profile.layer_seconds
+    return (shared / processes + float32 * _passes_flops(spec)) / (profile.sustained_tflops * 1e12) + passes
 
 
 def evaluation_flops(spec: RunSpec) -> float:
@@ -139,12 +151,17 @@ def _judged_flops(spec: RunSpec) -> float:
     return sum(images[JUDGES[judge][0]] * _JUDGE_FLOPS[judge] for judge in spec.evaluate.judges)
 
 
-def _passes_flops(spec: RunSpec) -> float:
+def _passes(spec: RunSpec) -> int:
+    """Validation images that go through the model, each as often as it does."""
     evaluate = spec.evaluate
     passes = _VIEWS[spec.model.order] * evaluate.val_images
     if spec.model.order == "random":
-        passes += _STEPWISE_VIEWS * min(evaluate.val_images, _STEPWISE_IMAGES)
-    return passes * flops.flops_per_image(spec.model)["total"]
+        passes += _STEPWISE_VIEWS * min(evaluate.val_images, evaluate.stepwise_images, _STEPWISE_IMAGES)
+    return passes
+
+
+def _passes_flops(spec: RunSpec) -> float:
+    return _passes(spec) * flops.flops_per_image(spec.model)["total"]
 
 
 def memory(spec: RunSpec, profile: Profile) -> Memory:

@@ -199,9 +199,11 @@ def _submit(arguments: argparse.Namespace, console: Console) -> int:
         others = _left_out(planned, arguments) if hours else []
         elsewhere = attempts.hours_spent(runs_dir / run_id for run_id in others)
         hours = budget.agreed(planned, _states(planned, runs_dir), hours, elsewhere=elsewhere)
-        code = _train(planned, runs_dir, arguments, hours, others, console)
-        if code is not None:
-            return code
+        with Mirror(runs_dir) as mirror:
+            code = _train(planned, arguments, hours, others, console, mirror)
+            # The tracker is brought level while the laws are fitted.
+            mirror.end()
+            return _conclude(planned, runs_dir, arguments, console) if code is None else code
     return _conclude(planned, runs_dir, arguments, console)
 
 
@@ -215,11 +217,11 @@ def _left_out(planned: plan.Plan, arguments: argparse.Namespace) -> list[str]:
 
 def _train(
     planned: plan.Plan,
-    runs_dir: Path,
     arguments: argparse.Namespace,
     hours: float,
     others: Sequence[str],
     console: Console,
+    mirror: Mirror,
 ) -> int | None:
     """Trains what is missing; an exit code when the sweep is not to be concluded now.
 
@@ -228,6 +230,7 @@ def _train(
     from slurm import local
     from slurm.job import work_here
 
+    runs_dir = mirror.runs_dir
     launch_id = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
     held = claim.take(layout.launch(runs_dir, launch_id), claim.facts_of_this_process(sweep=planned.sweep.name))
     assert held is not None
@@ -243,7 +246,7 @@ def _train(
             tasks = submit(planned, queue, _conclusion(arguments))
             console.print(_submitted(tasks, arguments.sweep), highlight=False, soft_wrap=True)
             return 0
-        return _supervise(planned, local.Workers(planned.machine, queue), console)
+        return _supervise(planned, local.Workers(planned.machine, queue), console, mirror)
     except budget.UsedUp as error:
         print(error, file=sys.stderr)
         return 1
@@ -307,12 +310,12 @@ def _submitted(tasks: Sequence[str], sweep: str) -> str:
     return f"submitted {len(tasks)} tasks: {tasks[0]} .. {tasks[-1]}; {watch}"
 
 
-def _supervise(planned: plan.Plan, workers: Workers, console: Console) -> int | None:
+def _supervise(planned: plan.Plan, workers: Workers, console: Console, mirror: Mirror) -> int | None:
     from slurm import local
 
     number = planned.machine.workers
     view = Bars(number, console) if console.is_terminal else PlainLines(number, lambda line: print(line, flush=True))
-    with local.catching_signals() as stop, Mirror(workers.runs_dir) as mirror:
+    with local.catching_signals() as stop:
         try:
             with view as show:
                 states = local.supervise(planned, workers, stop, show, mirror)

@@ -22,7 +22,7 @@ class Mirror:
     """Runs `python -m fluidscale.sync RUNS --follow` while open; one mirror a run folder, whoever started it."""
 
     def __init__(self, runs_dir: Path) -> None:
-        self._runs_dir = runs_dir
+        self.runs_dir = runs_dir
         self._process: subprocess.Popen[bytes] | None = None
         self._starts = 0
         self.patience = 120.0  # seconds that the mirror may take at the end to come level
@@ -34,19 +34,19 @@ class Mirror:
         """Starts the mirror where none runs: at first, after its death, or when another launch took its own along."""
         if self._process is not None and self._process.poll() is None:
             return
-        lock = layout.mirror(self._runs_dir)
+        lock = layout.mirror(self.runs_dir)
         if self._starts >= _STARTS or claim.is_held(lock):
             return
         held = claim.take(lock, {})
         if held is None:
             return
         self._starts += 1
-        log = layout.scheduler_dir(self._runs_dir) / "mirror.log"
+        log = layout.scheduler_dir(self.runs_dir) / "mirror.log"
         command = [
             sys.executable,
             "-m",
             "fluidscale.sync",
-            str(self._runs_dir),
+            str(self.runs_dir),
             "--follow",
             "--parent",
             str(os.getpid()),
@@ -64,11 +64,16 @@ class Mirror:
             )
         held.release()
 
+    def end(self) -> None:
+        """Asks the mirror to come level with the files and to end; it is waited for at the exit."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
     def __exit__(self, *_: Any) -> None:
         """Lets the mirror come level with the files, then ends it; one that hangs is killed."""
-        if self._process is None or self._process.poll() is not None:
+        self.end()
+        if self._process is None:
             return
-        self._process.send_signal(signal.SIGTERM)
         try:
             self._process.wait(self.patience)
         except subprocess.TimeoutExpired:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fluidscale.evaluate import golden
+from fluidscale.evaluate import detect, golden
 from fluidscale.evaluate.detect import (
     NEAR,
     DetectorNetwork,
@@ -23,6 +23,7 @@ from fluidscale.evaluate.distances import frechet, moments
 from fluidscale.evaluate.features import load_features
 from fluidscale.evaluate.geneval import grouped, judge_images
 from fluidscale.evaluate.references import prompt_scenes
+from fluidscale.kept import Kept
 from fluidscale.pretrain import HELD_OUT_START, batch, certainty
 from fluidscale.spec import InvalidInput
 from fluidscale.sweep import load_world
@@ -167,6 +168,8 @@ def test_a_broken_kernel_stops_a_shipped_judge(monkeypatch):
         return torch.nn.functional.pad(convolution(self, x)[..., 1:], (0, 1))
 
     monkeypatch.setattr(torch.nn.Conv2d, "forward", broken)
+    # A process tests a judge when it first loads it: this one has not yet.
+    monkeypatch.setattr(detect, "_DETECTORS", Kept(4))
     for load, name in ((load_detector, NAMES[0]), (load_detector, NAMES[1]), (load_features, "icons32-features")):
         with pytest.raises(InvalidInput, match=f"{name}: on the fixed pictures this judge now differs by"):
             load(name)

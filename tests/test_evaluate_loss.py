@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fluidscale.data.sources import WorldSource, open_source
-from fluidscale.evaluate import likelihood
+from fluidscale.evaluate import likelihood, validation
 from fluidscale.evaluate.likelihood import (
     LOG_SNRS,
     StepwiseLikelihood,
@@ -21,6 +21,7 @@ from fluidscale.evaluate.likelihood import (
 from fluidscale.evaluate.loss import ValidationLoss, ratio
 from fluidscale.evaluate.protocol import Subject
 from fluidscale.evaluate.validation import DRAWS, stack, validation_batch
+from fluidscale.kept import Kept
 from fluidscale.model.build import build
 from fluidscale.model.order import Random
 from fluidscale.model.transformer import Text
@@ -44,6 +45,17 @@ def subject_of(tiny_spec, tmp_path):
         return Subject(network, spec, open_source(spec, Placement(), tmp_path), tmp_path, torch.device("cpu"))
 
     return make
+
+
+@pytest.fixture
+def forget(monkeypatch):
+    """Makes this process know nothing of the runs before."""
+
+    def fresh():
+        for name in ("_TOKENS", "_VIEWS"):
+            monkeypatch.setattr(validation, name, Kept(2**20, lambda _: 1))
+
+    return fresh
 
 
 def only(scores):
@@ -190,18 +202,34 @@ def test_prefix_lengths_are_stratified_and_uniform():
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_a_second_measurement_is_the_same_number(subject_of, arm):
+def test_a_second_measurement_is_the_same_number(subject_of, arm, forget):
     subject = subject_of(arm)
     for evaluator in (ValidationLoss(), ValidationLikelihood()):
-        first, again = only(evaluator(subject)), only(evaluator(subject))
+        first = only(evaluator(subject))
+        forget()
+        again = only(evaluator(subject))
         assert first == again and first.se > 0 and math.isfinite(first.value)
         assert first.protocol == evaluator.protocol(subject)
     unit = "nats/token" if arm.startswith("discrete") else "diffusion loss"
     assert only(ValidationLoss()(subject)).metric.unit == unit
 
 
+def test_what_other_runs_were_asked_moves_no_number(subject_of, forget):
+    """Runs that one process evaluates one after the other share what images are asked, where that is the same."""
+    evaluators = (ValidationLoss(), ValidationLikelihood(), RASTER, K_STEPS)
+    random = [subject_of("continuous-random", mask_law=law) for law in ("uniform", "cosine")]
+    subjects = [*random, with_steps(random[0], 3), subject_of("continuous-raster"), subject_of("discrete-random")]
+    asked = [(e, s) for s in [*subjects, *(subject_of("continuous-random", val_images=n) for n in (8, 16))]
+             for e in evaluators if e.wanted(s.spec)]  # fmt: skip
+    forget()
+    together = [only(evaluator(subject)) for evaluator, subject in asked]
+    for (evaluator, subject), score in zip(asked, together, strict=True):
+        forget()
+        assert only(evaluator(subject)) == score, (evaluator.name, subject.spec.model)
+
+
 @pytest.mark.parametrize("arm", ["discrete-random", "continuous-random"])
-def test_everything_random_is_common_to_all_sizes(subject_of, arm, monkeypatch):
+def test_everything_random_is_common_to_all_sizes(subject_of, arm, monkeypatch, forget):
     def shown(**model):
         subject, seen = subject_of(arm, **model), []
         original = type(subject.model).losses
@@ -215,7 +243,9 @@ def test_everything_random_is_common_to_all_sizes(subject_of, arm, monkeypatch):
             list(ValidationLoss()(subject))
         return seen
 
-    small, large = shown(), shown(width=32, num_heads=2, depth=1)
+    small = shown()
+    forget()
+    large = shown(width=32, num_heads=2, depth=1)
     assert len(small) == len(large) == DRAWS
     for a, b in zip(small, large, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True)) and a[3] == b[3]

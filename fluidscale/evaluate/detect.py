@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from fluidscale.evaluate.golden import self_test
 from fluidscale.evaluate.protocol import Detection
+from fluidscale.kept import Kept
+from fluidscale.spec import digest
 from fluidscale.tokens.image import CHUNK, load_carded, to_pixels
 from fluidscale.tokens.networks import ResidualBlock
+from fluidscale.tokens.shipped import verified
 
 # Pixels per heatmap cell.
 STRIDE = 2
@@ -30,6 +33,8 @@ PEAK_WINDOW = 5
 TOUCHING, NEAR = 1.0, 3.0
 # Boxes are regressed in units of this many px, so that the four numbers are of order one.
 BOX_UNIT = 16.0
+
+_DETECTORS: Kept[IconDetector] = Kept(4)
 
 
 class Target(NamedTuple):
@@ -184,8 +189,13 @@ class IconDetector:
 def load_detector(name_or_path: str, device: torch.device | str = "cpu") -> IconDetector:
     """A shipped detector by name, or a user's by the path of its .safetensors (card beside it), hash-checked.
 
-    Raises InvalidInput when it is missing, damaged or no detector.
+    Raises InvalidInput when it is missing, damaged or no detector. It is built and tested once a process, and its file
+    looked at every time.
     """
+    return _DETECTORS((digest(verified(name_or_path)[1]), str(device)), lambda: _load(name_or_path, device))
+
+
+def _load(name_or_path: str, device: torch.device | str) -> IconDetector:
     network, card = load_carded(name_or_path, "detector", ("detector",), _of_card)
     judge = IconDetector(network, card, device)
     self_test(judge.network, card, name_or_path)

@@ -40,6 +40,8 @@ from fluidscale.world.prompts import PROTOCOL
 _BATCH = 256
 # The score and the agreement of two detectors look at the same drawing with the same detector.
 _VERDICTS: Kept[list[Verdict]] = Kept(4)
+# A set's pictures, for the second detector that judges it: bytes that they may take.
+_IMAGES: Kept[np.ndarray] = Kept(2**26, weigh=lambda images: images.nbytes)
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,11 @@ def judge_images(
 
 def judge_samples(samples: Samples, detector: Detector, progress: Progress = silent) -> list[Verdict]:
     """`judge_images` of all images of a drawing, whose folder's name says which they are."""
-    return _VERDICTS(
-        (samples.folder, detector.sha256), lambda: judge_images(samples.images(), samples.rows, detector, progress)
-    )
+
+    def verdicts() -> list[Verdict]:
+        return judge_images(_IMAGES(samples.folder, samples.images), samples.rows, detector, progress)
+
+    return _VERDICTS((samples.folder, detector.sha256), verdicts)
 
 
 def per_prompt(

@@ -27,10 +27,10 @@ from fluidscale.evaluate.validation import (
     BATCH,
     DRAWS,
     Breakdown,
+    Views,
     generator,
     listed,
     passes,
-    stack,
     validation_batch,
     validation_protocol,
 )
@@ -72,8 +72,9 @@ class ValidationLikelihood:
         def view_of(image: int, draw: int) -> View:
             return likelihood_view(order, length, draw, generator(image, draw))
 
+        views = Views(("likelihood", order, length), draws, view_of)
         per_image, by_position, by_known = np.zeros(n), Breakdown(length), Breakdown(length)
-        for part in passes(subject, n, draws, view_of, subject.model.nll, progress, self.name):
+        for part in passes(subject, n, views, subject.model.nll, progress, self.name):
             counts = part.counted.sum(1)
             per_image[part.images] += length * part.values.sum(1) / counts / draws
             values, positions = part.values[part.counted], part.positions[part.counted]
@@ -113,17 +114,18 @@ class StepwiseLikelihood:
 
     def __call__(self, subject: Subject, progress: Progress = silent) -> Iterator[Score]:
         n, length, steps = self._images(subject), subject.spec.model.num_tokens, len(self.schedule(subject, 0))
-        picked = min(STEPS, steps)
+        order, picked = subject.model.order, min(STEPS, steps)
 
         def step_of(image: int, draw: int) -> int:
             within = torch.rand((), generator=generator(image, _PICK + draw)).item() if picked < steps else 0.0
             return int(steps * (draw + within) / picked)
 
         def view_of(image: int, draw: int) -> View:
-            return step_view(subject.model.order, self.schedule(subject, image), length, step_of(image, draw))
+            return step_view(order, self.schedule(subject, image), length, step_of(image, draw))
 
+        views = Views((self, order, length, steps), picked, view_of)
         per_image, by_step = np.zeros(n), Breakdown(steps)
-        for part in passes(subject, n, picked, view_of, subject.model.nll, progress, self.name, _NOISE):
+        for part in passes(subject, n, views, subject.model.nll, progress, self.name, _NOISE):
             per_image[part.images] += part.values.sum(1) * steps / picked
             rows = np.nonzero(part.counted)[0]
             by_step.add(np.array([step_of(part.first + k, part.draw) for k in rows]), part.values[part.counted])
@@ -192,11 +194,15 @@ def noise_errors(subject: Subject) -> dict[str, Any]:
     model, length = subject.model, subject.spec.model.num_tokens
     head, n = model.head, min(LEVEL_IMAGES, subject.spec.evaluate.val_images)
     assert isinstance(head, DiffusionHead)
-    table = Breakdown(len(LOG_SNRS))
+
+    def view_of(image: int, _: int) -> View:
+        return likelihood_view(model.order, length, image % DRAWS, generator(image, _LEVELS))
+
+    views, table = Views(("levels", model.order, length), 1, view_of), Breakdown(len(LOG_SNRS))
     for first in range(0, n, BATCH):
         images = range(first, min(first + BATCH, n))
         tokens, text = validation_batch(subject, first, len(images))
-        view = stack([likelihood_view(model.order, length, k % DRAWS, generator(k, _LEVELS)) for k in images])
+        view = views.batch(first, len(images), 0)
         z = model(view, tokens, text)[view.counted]
         clean = tokens.float()[torch.arange(len(images))[:, None], view.positions][view.counted][:, None]
         for index, log_snr in enumerate(LOG_SNRS):

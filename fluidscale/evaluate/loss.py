@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fluidscale.evaluate.protocol import Metric, Progress, Score, Subject, silent
-from fluidscale.evaluate.validation import DRAWS, Breakdown, generator, listed, passes, validation_protocol
+from fluidscale.evaluate.validation import DRAWS, Breakdown, Views, generator, listed, passes, validation_protocol
 from fluidscale.model.order import View
 from fluidscale.model.transformer import Text
 from fluidscale.spec import RunSpec
@@ -44,8 +44,9 @@ class ValidationLoss:
         def view_of(image: int, draw: int) -> View:
             return order.training_view(1, length, generator(image, draw))
 
+        views = Views(("training", order, length), 1 if order.causal else DRAWS, view_of)
         sums, counts, by_position = np.zeros(n), np.zeros(n), Breakdown(length)
-        for part in passes(subject, n, 1 if order.causal else DRAWS, view_of, measure, progress, self.name):
+        for part in passes(subject, n, views, measure, progress, self.name):
             sums[part.images] += part.values.sum(1)
             counts[part.images] += part.counted.sum(1)
             by_position.add(part.positions[part.counted], part.values[part.counted])

@@ -7,7 +7,7 @@ free of their noise (common random numbers).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fluidscale.data.sources import WORLD_VALIDATION
 from fluidscale.evaluate.protocol import Progress, Subject, protocol_id
+from fluidscale.kept import Kept
 from fluidscale.model.order import View
 from fluidscale.model.transformer import Text
 from fluidscale.spec import canonical
@@ -27,8 +28,27 @@ BATCH = 64
 DRAWS = 4
 SEED = 20240
 
+# Tokens and views of the runs before, which are asked the same: bytes that each may take.
+_TOKENS: Kept[Tensor] = Kept(2**26, weigh=lambda tokens: tokens.nbytes)
+_VIEWS: Kept[View] = Kept(2**26, weigh=lambda view: view.reads.nbytes + view.counted.nbytes)
+
 # Nats or losses (B, S) of a batch's slots, 0 where they do not count, from (tokens, text, view, generator).
 Measure = Callable[[Tensor, Text, View, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Views:
+    """What images are asked, each in `draws` ways: `of` (image, draw). `name` says everything that decides it, so that
+    a process which evaluates many runs draws it once."""
+
+    name: Hashable
+    draws: int
+    of: Callable[[int, int], View]
+
+    def batch(self, first: int, count: int, draw: int) -> View:
+        """The view of images first .. first + count - 1."""
+        name = (self.name, first, count, draw)
+        return _VIEWS(name, lambda: stack([self.of(image, draw) for image in range(first, first + count)]))
 
 
 @dataclass(frozen=True)
@@ -50,22 +70,19 @@ class Pass:
 def passes(
     subject: Subject,
     images: int,
-    draws: int,
-    view_of: Callable[[int, int], View],
+    views: Views,
     measure: Measure,
     progress: Progress,
     name: str,
     stream: int = DRAWS,
 ) -> Iterator[Pass]:
-    """Every batch of the first `images` in each of `draws` views; `view_of` (image, draw) is the view of one image.
-
-    `stream` is where the purposes of the noise generators begin.
-    """
+    """Every batch of the first `images` in each of its views; `stream` is where the purposes of the noise generators
+    begin."""
     for first in range(0, images, BATCH):
         count = min(BATCH, images - first)
         tokens, text = validation_batch(subject, first, count)
-        for draw in range(draws):
-            view = stack([view_of(first + k, draw) for k in range(count)])
+        for draw in range(views.draws):
+            view = views.batch(first, count, draw)
             values = measure(tokens, text, view, generator(first, stream + draw))
             parts = (values.double().cpu(), view.counted.cpu(), view.positions.cpu())
             yield Pass(first, draw, *(part.numpy() for part in parts))
@@ -73,14 +90,18 @@ def passes(
 
 
 def stack(views: list[View]) -> View:
-    """Views of single images as one of a batch."""
-    return View(*(torch.cat(parts) for parts in zip(*((v.reads, v.positions, v.counted) for v in views), strict=True)))
+    """Views of single images as one of a batch; where all stand alike, their positions are one expanded row."""
+    reads, positions, counted = zip(*((v.reads, v.positions, v.counted) for v in views), strict=True)
+    alike = all(torch.equal(one, positions[0]) for one in positions[1:])
+    where = positions[0].expand(len(views), -1) if alike else torch.cat(positions)
+    return View(torch.cat(reads), where, torch.cat(counted))
 
 
 def validation_batch(subject: Subject, first: int, count: int) -> tuple[Tensor, Text]:
     """Tokens and text of validation images first .. first + count; continuous tokens are one fixed posterior draw."""
     encoded, text = subject.source.validation(first, count)
-    return fixed_tokens(subject, encoded, first), text.to(subject.device)
+    name = (subject.spec.data, subject.tokenizer.sha256, str(subject.device), first, count)
+    return _TOKENS(name, lambda: fixed_tokens(subject, encoded, first)), text.to(subject.device)
 
 
 def fixed_tokens(subject: Subject, encoded: Tensor, first: int) -> Tensor:
