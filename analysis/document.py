@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tempfile
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -177,12 +178,14 @@ def document(result: Study) -> dict[str, Any]:
         "code_version": code_version(),
         "table": {
             "source": Path(table.source).name, "sha256": table.sha256, "n_rows": table.n_rows, "n_used": len(frame),
-            "columns": {a: table.columns.axis(a) for a in ("n", "d", "c")}, "group": list(table.columns.group),
+            "columns": {k: v for k, v in asdict(table.columns).items() if k != "group"},
+            "group": list(table.columns.group),
             "excluded": list(result.excluded), "not_measured": blanks,
         },
         "sweep": _sweep(result),
         "headline_metric": result.points[0].metric,
         "level": result.choice.level,
+        "choice": asdict(result.choice),
         "fits": [
             entry(f, result.choice.level, result.choice.interval) | {"forecasts": _forecasts(f, result)}
             for f in result.fits

@@ -125,6 +125,14 @@ def weights_of(points: Points, objective: Objective, seeds: SeedVariance = NO_SE
     return weights / weights.mean()
 
 
+def _unweighted(points: Points, objective: Objective) -> list[Warned]:
+    """Says that standard errors were not used because some rows have none: a blank cell may be a slip."""
+    missing = int((~np.isfinite(points.error)).sum())
+    if objective.name == "quasi-binomial" or not 0 < missing < len(points):
+        return []
+    return [Warned("SE_INCOMPLETE", f"{missing} of {len(points)} rows have no standard error: all count alike")]
+
+
 def guard(law: Law, points: Points, free: int) -> list[Warned]:
     """Refuses (InvalidTable) what cannot be fitted at all; returns warnings on what the data carry badly."""
     where = f"{points.metric} in {points.name}"
@@ -305,7 +313,7 @@ def fit(
     if floor is not None:
         frozen[law.parameters.index("E")] = True
     free = int((~frozen).sum())
-    warned = guard(law, points, free)
+    warned = guard(law, points, free) + _unweighted(points, objective)
     scale = scale_of(points)
     logs = np.log(np.stack([points.axis(a) for a in law.axes]))
     center = logs.mean(1)

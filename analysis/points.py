@@ -12,7 +12,7 @@ import pandas as pd
 from analysis.answers import Answers, of_metric
 from analysis.images import aligned, paired_errors
 from analysis.laws import Array
-from analysis.table import InvalidTable, Table, kind_of, numbers
+from analysis.table import InvalidTable, Table, kind_of, no_number, numbers
 
 # Data sizes closer than this are one, as where batches of two kinds do not divide them alike.
 SAME_DATA = 1e-3
@@ -297,7 +297,7 @@ def select(
         _no_percents(values, metric)
     outside, why = _bad_values(values, kind, metric)
     outside &= ~blank & ~broken
-    not_number = f"{metric} is not a finite number"
+    not_number = no_number(metric, rows[metric], broken)
     for mask, code, reason in ((broken, "NOT_A_NUMBER", not_number), (outside, "OUT_OF_RANGE", why)):
         names = rows["run_id"] if "run_id" in rows else rows["_row"]
         for row, run in zip(rows["_row"].to_numpy()[mask], names.to_numpy()[mask], strict=True):

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ LOSSES = ("val_loss",)
 SIGNED = ("val_nll",)
 DISTANCES = ("fd", "fid")
 SCORE_PREFIX = "geneval"
+_COMMA = re.compile(r"[+-]?\d[\d.]*(,\d+)+([eE][+-]?\d+)?")
 # the name of a group whose cell is empty
 BLANK, EMPTY_CELLS = "(blank)", ("", "nan", "None", "<NA>")
 KINDS = ("loss", "signed", "distance", "score")
@@ -240,6 +242,13 @@ def numbers(column: pd.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return values, blank, ~blank & ~np.isfinite(values)
 
 
+def no_number(name: str, column: pd.Series, broken: np.ndarray) -> str:
+    """Why cells of a column are none: in tables from elsewhere, mostly their commas."""
+    commas = [cell for cell in column[broken].astype(str) if _COMMA.fullmatch(cell.strip())]
+    hint = f": {commas[0]} has a comma; decimals want a point, thousands nothing" if commas else ""
+    return f"{name} is not a finite number{hint}"
+
+
 def _number(cell: Any) -> float:
     try:
         return float(cell)
@@ -337,12 +346,13 @@ def _exclude(frame: pd.DataFrame, mask: np.ndarray, code: str, reason: str, excl
 
 def _drop_bad_axes(frame: pd.DataFrame, axes: Mapping[str, str], excluded: list[dict]) -> pd.DataFrame:
     for name in axes.values():
-        values, blank, broken = numbers(frame[name])
+        before = frame[name]
+        values, blank, broken = numbers(before)
         frame = frame.assign(**{name: values})
         with np.errstate(invalid="ignore"):
             bad = [
                 (blank, "MISSING", f"{name} is blank"),
-                (broken, "NOT_A_NUMBER", f"{name} is not a finite number"),
+                (broken, "NOT_A_NUMBER", no_number(name, before, broken)),
                 (~blank & ~broken & ~(values > 0), "NON_POSITIVE", f"{name} is not positive"),
             ]
         gone = np.zeros(len(frame), bool)

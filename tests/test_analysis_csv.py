@@ -73,6 +73,30 @@ def test_the_terminal_says_how_many_rows_were_left_out_and_why(tmp_path: Path, c
     assert said in capsys.readouterr().out.splitlines()
 
 
+def test_a_comma_in_a_number_is_named_with_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    table = frame().astype(object)
+    table.loc[[4, 6], "loss"], table.loc[3, "n"] = "3,25", "1,000,000"
+    table.to_csv(tmp_path / "points.csv", index=False)
+    assert main([str(tmp_path / "points.csv"), *OPTIONS]) == 0
+    out = capsys.readouterr().out
+    assert "3 of 24 rows left out: loss is not a finite number: 3,25 has a comma; decimals want a point" in out
+    assert "n is not a finite number: 1,000,000 has a comma" in out
+
+
+def test_a_blank_standard_error_is_not_passed_over_in_silence() -> None:
+    """One blank cell and all rows count alike; a column without any is a table without errors."""
+    table = frame().assign(loss_se=0.01)
+
+    def remarks(table: pd.DataFrame) -> list[str]:
+        fits = study(prepare(table, "", "points.csv", n="n", d="d"), Choice(metrics=("loss",))).fits
+        assert fits
+        return [w.message for f in fits for w in f.warnings if w.code == "SE_INCOMPLETE"]
+
+    assert remarks(table) == [] == remarks(table.assign(loss_se=np.nan))
+    table.loc[5, "loss_se"] = np.nan
+    assert {message.split(":")[0] for message in remarks(table)} == {"1 of 24 rows have no standard error"}
+
+
 def test_a_table_without_a_usable_row_names_the_first_cell_at_fault() -> None:
     with pytest.raises(InvalidTable, match=r"NO_USABLE_ROWS.*d has '20 B': write plain numbers, such as 1e8"):
         prepare(frame().assign(d="20 B"), "", "frame", n="n", d="d")

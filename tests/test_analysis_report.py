@@ -89,7 +89,9 @@ def test_a_size_has_one_entry_beside_its_learning_curves_however_many_seeds(resu
 
 def test_laws_json_has_what_is_promised(results: Path) -> None:
     doc = json.loads((results / "laws.json").read_text())
-    assert {"version", "table", "fits", "allocation", "verdicts", "recommended_runs"} <= set(doc)
+    assert {"version", "table", "choice", "fits", "allocation", "verdicts", "recommended_runs"} <= set(doc)
+    assert {"objective", "delta", "penalty", "floor", "interval"} <= set(doc["choice"])
+    assert {"n", "d", "c", "cluster", "se"} <= set(doc["table"]["columns"])
     assert doc["table"]["n_rows"] == 60 and doc["table"]["sha256"] and doc["table"]["excluded"][0]["row"] == 7
     for f in doc["fits"]:
         promised = {"group", "metric", "unit", "law", "objective", "params", "intervals", "n_runs", "starts", "aicc"}

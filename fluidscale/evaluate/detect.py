@@ -19,7 +19,7 @@ from fluidscale.evaluate.golden import self_test
 from fluidscale.evaluate.protocol import Detection
 from fluidscale.kept import Kept
 from fluidscale.spec import digest
-from fluidscale.tokens.image import chunk, load_carded, to_pixels
+from fluidscale.tokens.image import CHUNK, load_carded, to_pixels
 from fluidscale.tokens.networks import ResidualBlock
 from fluidscale.tokens.shipped import verified
 
@@ -166,9 +166,8 @@ class IconDetector:
         The colour is the best of the named ones even for an untinted object: like GenEval's, which has no "none".
         """
         found: list[list[Detection]] = []
-        size = chunk(images.shape[1], self.device)
-        for start in range(0, len(images), size):
-            found += self._detect(to_pixels(images[start : start + size], self.device))
+        for start in range(0, len(images), CHUNK):
+            found += self._detect(to_pixels(images[start : start + CHUNK], self.device))
         return found
 
     def _detect(self, pixels: Tensor) -> list[list[Detection]]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluidscale.evaluate.golden import self_test
-from fluidscale.tokens.image import chunk, load_carded, to_pixels
+from fluidscale.tokens.image import CHUNK, load_carded, to_pixels
 from fluidscale.tokens.networks import ResidualBlock
 
 
@@ -91,9 +91,8 @@ class IconFeatures:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """The features of any number of images, in passes of bounded memory."""
         parts = [np.zeros((0, self.width), np.float32)]
-        size = chunk(images.shape[1], self.device)
-        for start in range(0, len(images), size):
-            parts.append(self.network(to_pixels(images[start : start + size], self.device)).cpu().numpy())
+        for start in range(0, len(images), CHUNK):
+            parts.append(self.network(to_pixels(images[start : start + CHUNK], self.device)).cpu().numpy())
         return np.concatenate(parts)
 
 

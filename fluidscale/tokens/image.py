@@ -22,9 +22,8 @@ from fluidscale.tokens.shipped import verified
 
 # What scores on this tokenizer's images are to be read against, as named on its card.
 REFERENCES = ("fd_floor", "fd_real_floor", "geneval_ceiling", "geneval_floor", "geneval_real")
-# Images, and pixels, per pass through a network: they bound the memory of a call, whatever its size. On a CPU what a
-# pass holds had better stay in the caches.
-CHUNK, CHUNK_PIXELS, CPU_PIXELS = 256, 2**20, 2**17
+# Images, and pixels, per pass through a network: they bound the memory of a call, whatever its size.
+CHUNK, CHUNK_PIXELS = 256, 2**20
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -70,7 +69,7 @@ class KLTokenizer:
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> Tensor:
-        return torch.cat([self._moments(part) for part in _chunks(images, self.resolution, self.device)])
+        return torch.cat([self._moments(part) for part in _chunks(images, self.resolution)])
 
     def _moments(self, images: np.ndarray) -> Tensor:
         mean, std = self.network.moments(to_pixels(images, self.device))
@@ -86,7 +85,7 @@ class KLTokenizer:
         if tokens.ndim != 3 or tokens.shape[1:] != (self.grid**2, self.channels):
             raise InvalidInput(f"expected latents (B, {self.grid**2}, {self.channels}), got {tuple(tokens.shape)}")
         images = []
-        for part in tokens.split(chunk(self.resolution, self.device)):
+        for part in tokens.split(chunk(self.resolution)):
             latents = part.to(self.device, torch.float32) * self.network.scale + self.network.shift
             maps = latents.transpose(1, 2).unflatten(2, (self.grid, self.grid))
             images.append(to_images(self.network.decoder(maps)))
@@ -108,7 +107,7 @@ class VQTokenizer:
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> Tensor:
         codes = []
-        for part in _chunks(images, self.resolution, self.device):
+        for part in _chunks(images, self.resolution):
             latents = self.network.encoder(to_pixels(part, self.device)).flatten(2).transpose(1, 2)
             codes.append(self.network.codes(latents.flatten(0, 1)).view(len(part), -1).cpu())
         return torch.cat(codes)
@@ -124,7 +123,7 @@ class VQTokenizer:
             least, most = int(tokens.min()), int(tokens.max())
             raise InvalidInput(f"codes run from 0 to {self.vocab_size - 1}, got {least} to {most}")
         images, codebook = [], self.network.codebook
-        for part in tokens.split(chunk(self.resolution, self.device)):
+        for part in tokens.split(chunk(self.resolution)):
             maps = codebook[part.to(self.device)].transpose(1, 2).unflatten(2, (self.grid, self.grid))
             images.append(to_images(self.network.decoder(maps)))
         return np.concatenate(images)
@@ -202,19 +201,18 @@ def to_images(pixels: Tensor) -> np.ndarray:
     return np.ascontiguousarray(values.movedim(1, -1).cpu().numpy())
 
 
-def _chunks(images: np.ndarray, resolution: int, device: torch.device) -> list[np.ndarray]:
+def _chunks(images: np.ndarray, resolution: int) -> list[np.ndarray]:
     if images.ndim != 4 or images.shape[1:] != (resolution, resolution, 3) or images.dtype != np.uint8:
         raise InvalidInput(
             f"expected uint8 images (B, {resolution}, {resolution}, 3), got {images.dtype} {tuple(images.shape)}"
         )
-    size = chunk(resolution, device)
+    size = chunk(resolution)
     return [images[k : k + size] for k in range(0, max(len(images), 1), size)]
 
 
-def chunk(resolution: int, device: torch.device) -> int:
+def chunk(resolution: int) -> int:
     """Images of one pass."""
-    pixels = CPU_PIXELS if device.type == "cpu" else CHUNK_PIXELS
-    return max(1, min(CHUNK, pixels // resolution**2))
+    return max(1, min(CHUNK, CHUNK_PIXELS // resolution**2))
 
 
 __all__ = ["FACTOR", "KLTokenizer", "Tokenizer", "VQTokenizer", "load_tokenizer"]
