@@ -35,7 +35,6 @@ class FluidModule(pl.LightningModule):
         super().__init__()
         self.spec, self.model, self._fills = spec, model, fills
         self._share, self._placement = share, placement
-        self._clipped: list[torch.nn.Parameter] = []  # walking through the modules takes longer than clipping
         self.grad_norm = torch.zeros(())  # of the last step, before clipping
         self._draws: tuple[int, StepDraws] | None = None
         self._loss: torch.Tensor | float = 0.0
@@ -55,11 +54,8 @@ class FluidModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return adamw(self.model, self.spec.train)
 
-    def on_train_start(self) -> None:
-        self._clipped = list(self.model.parameters())
-
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        norm = torch.nn.utils.clip_grad_norm_(self._clipped, self.spec.train.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.train.grad_clip)
         # Of a sharded model the norm is a sum that lies in parts.
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
