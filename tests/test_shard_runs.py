@@ -101,11 +101,11 @@ def test_dropped_and_empty_captions_become_the_null(stack, planned, tmp_path):
     encoder = build(spec.model).text
     drop = torch.tensor([True, False, False, False])
     dropped, kept = encoder(text, drop).values, encoder(text, None).values
-    assert torch.equal(dropped[0], encoder.null.expand(6, -1)) and torch.equal(dropped[1:], kept[1:])
+    assert torch.equal(dropped[0], encoder.null.expand_as(dropped[0])) and torch.equal(dropped[1:], kept[1:])
     # What stands where there is no token reaches nothing.
     noise = torch.where(text.mask[..., None], text.values, torch.randn(4, 6, 12).bfloat16())
     shown = encoder(dataclasses.replace(text, values=noise), None).values
-    assert torch.equal(shown[text.mask], kept[text.mask])
+    assert torch.equal(shown[:, :6][text.mask], kept[:, :6][text.mask])
 
 
 def refused(spec, placement, folder, capsys):

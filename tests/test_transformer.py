@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_models import POSITIONS, arm_spec, awake, sampling_of, text_of, tokens_of, with_encoder
+from tiny_models import ARMS, POSITIONS, arm_spec, awake, sampling_of, text_of, tokens_of, with_encoder
 
+from fluidscale.model import transformer
 from fluidscale.model.build import build
 from fluidscale.model.generator import generate
 from fluidscale.model.order import Random, Raster
@@ -54,6 +55,24 @@ def test_padding_words_change_nothing():
     shorter = Text(text.values[:1, :4], torch.ones(1, 4, dtype=torch.bool))
     longer = Text(torch.nn.functional.pad(shorter.values, (0, 1)), torch.tensor([[True] * 4 + [False]]))
     assert torch.allclose(z_of(model, shorter, batch=1), z_of(model, longer, batch=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_places_that_a_cpu_adds_to_a_caption_are_rounding(arm, monkeypatch):
+    """Of losses, of every gradient, and of images drawn; a dropped and an empty caption are among them."""
+    found = []
+    for keys in (1, 8):
+        monkeypatch.setattr(transformer, "CPU_KEYS", keys)
+        model, text = awake(arm_spec(arm)), text_of(arm_spec(arm), 4)
+        text = Text(text.values, text.mask & (torch.arange(4) != 1)[:, None])
+        assert model.text(text, None).mask.shape == (4, 5 if keys == 1 else 8)
+        view = model.order.training_view(4, model.spec.num_tokens, rng())
+        losses, _ = model.losses(tokens_of(model.spec, 4), text, view, rng(), torch.arange(4) == 0)
+        losses.sum().backward()
+        drawn = generate(model, text, sampling_of(model.spec), [0, 1, 2, 3])
+        found.append([losses.detach(), drawn, *(p.grad for p in model.parameters())])
+    for without, padded in zip(*found, strict=True):
+        torch.testing.assert_close(padded, without, rtol=1e-4, atol=1e-5)
 
 
 def test_dropped_text_is_the_null_whatever_it_said():
